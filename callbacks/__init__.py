@@ -1,0 +1,27 @@
+"""Lightning callbacks: observe, score, record, save, stop.
+
+Names are imported when they are first used, so that one callback's dependencies are not everybody's.
+"""
+
+from importlib import import_module
+
+_HOME = {
+    "Checkpoint": "callbacks.checkpoint",
+    "EntropyMonitor": "callbacks.entropy",
+    "Progress": "callbacks.progress",
+    "RunRecord": "callbacks.record",
+    "SampleTable": "callbacks.samples",
+    "SaveModel": "callbacks.checkpoint",
+    "TaskEarlyStopping": "callbacks.early_stopping",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module 'callbacks' has no attribute '{name}'")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,208 @@
+"""Checkpoints that are whole or absent, on the clock of optimizer steps; and the model directory at the end."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint as CheckpointBase
+
+from lightning_vlm.export import export_checkpoint, make_provenance, save_model_directory
+from lightning_vlm.export.directory import replace_directory
+
+FOLDER = "checkpoints"
+_STEP = re.compile(r"step-(\d+)\.ckpt")
+
+
+def last_checkpoint(run_dir: str | Path) -> Path | None:
+    """The newest checkpoint to resume from in `run_dir`, or None."""
+    found = [(int(m[1]), p) for p in Path(run_dir, FOLDER).glob("step-*.ckpt") if (m := _STEP.fullmatch(p.name))]
+    return max(found)[1] if found else None
+
+
+class Checkpoint(CheckpointBase):
+    """Saves run_dir/checkpoints/step-N.ckpt every `every` optimizer steps and at the end, and best-N.ckpt by a task metric.
+
+    A checkpoint is written under a temporary name and renamed when complete; only then older ones go. A full disk stops the
+    run with an error, and the previous checkpoint stays.
+
+    Args:
+        every: optimizer steps between checkpoints, counted when a multiple is crossed; 0 saves at the end only.
+        keep: how many of the newest stay; 0 keeps all.
+        monitor: logged metric the best checkpoint is chosen by, for example `val/world/accuracy`; None keeps no best.
+        mode: whether more (`max`) or less (`min`) of it is better.
+
+    Raises:
+        ValueError: a negative number, or a `monitor` that nothing logs.
+        OSError: the checkpoint could not be written.
+    """
+
+    def __init__(
+        self,
+        *,
+        every: int = 0,
+        keep: int = 1,
+        monitor: str | None = None,
+        mode: Literal["max", "min"] = "max",
+    ) -> None:
+        if every < 0 or keep < 0:
+            raise ValueError(f"Checkpoint: every and keep cannot be negative, got every={every}, keep={keep}")
+        self.every, self.keep, self.monitor, self.mode = every, keep, monitor, mode
+        self.best_score: float | None = None
+        self.best_path: str | None = None
+        self._seen = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Best so far, so that a resumed run does not forget it."""
+        return {"best_score": self.best_score, "best_path": self.best_path, "seen": self._seen}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up what `state_dict` gave."""
+        self.best_score, self.best_path = state_dict["best_score"], state_dict["best_path"]
+        self._seen = state_dict["seen"]
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save when the clock crossed a multiple of `every` in this batch."""
+        if self.every and pl_module.clock // self.every > pl_module.clock_before // self.every:
+            self._save_step(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the best when the monitored metric got better."""
+        if self.monitor is None or trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        if self.monitor not in trainer.callback_metrics:
+            self._refuse_misspelt(trainer)
+            return
+        self._seen = True
+        score = float(trainer.callback_metrics[self.monitor])
+        better = self.best_score is None or (score > self.best_score if self.mode == "max" else score < self.best_score)
+        if better:
+            previous = self.best_path
+            path = self._folder(trainer) / f"best-{pl_module.clock:08d}.ckpt"
+            # The state of this callback is part of the checkpoint: it must say what this file is.
+            self.best_score, self.best_path = score, str(path)
+            self._write(trainer, path)
+            if previous and previous != str(path):
+                self._remove(trainer, Path(previous))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the last state, then refuse a monitor that was never logged."""
+        self._save_step(trainer, pl_module)
+        if self.monitor is not None and not self._seen:
+            raise ValueError(f"Checkpoint: nothing logged monitor '{self.monitor}' in this run{self._near(trainer)}")
+
+    def _refuse_misspelt(self, trainer: Trainer) -> None:
+        """A benchmark that was due and logged other metrics will never log this one."""
+        benchmark = self.monitor.rsplit("/", 1)[0] + "/"
+        if benchmark != self.monitor + "/" and any(name.startswith(benchmark) for name in trainer.callback_metrics):
+            raise ValueError(f"Checkpoint: nothing logs monitor '{self.monitor}'{self._near(trainer)}")
+
+    def _near(self, trainer: Trainer) -> str:
+        names = sorted(trainer.callback_metrics)
+        close = difflib.get_close_matches(self.monitor, names, n=1)
+        return f"; did you mean '{close[0]}'?" if close else f"; logged are: {', '.join(names) or 'none'}"
+
+    def _folder(self, trainer: Trainer) -> Path:
+        return Path(trainer.default_root_dir) / FOLDER
+
+    def _save_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        path = self._folder(trainer) / f"step-{pl_module.clock:08d}.ckpt"
+        if trainer.strategy.broadcast(path.exists()):
+            return
+        self._write(trainer, path)
+        steps = sorted(p for p in path.parent.glob("step-*.ckpt") if _STEP.fullmatch(p.name))
+        for old in steps[: -self.keep] if self.keep else []:
+            self._remove(trainer, old)
+
+    def _write(self, trainer: Trainer, path: Path) -> None:
+        """Write all ranks' state to a temporary name, then rename."""
+        temporary = path.with_name(f".{path.name}.tmp")
+        if trainer.is_global_zero:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _delete(temporary)
+        trainer.strategy.barrier()
+        try:
+            trainer.save_checkpoint(temporary)
+        except OSError as err:
+            _delete(temporary)
+            free = shutil.disk_usage(path.parent).free / 2**30
+            last = last_checkpoint(trainer.default_root_dir)
+            kept = f"the previous checkpoint {last} is whole" if last else "there is no earlier checkpoint"
+            raise OSError(
+                f"could not write checkpoint {path}: {err} ({free:.1f} GiB free); {kept}; free some space and go on with "
+                f"--run_dir {trainer.default_root_dir} --resume"
+            ) from err
+        if trainer.is_global_zero:
+            if temporary.is_dir():
+                replace_directory(temporary, path)
+            else:
+                os.replace(temporary, path)
+        trainer.strategy.barrier()
+
+    def _remove(self, trainer: Trainer, path: Path) -> None:
+        if trainer.is_global_zero:
+            _delete(path)
+
+
+class SaveModel(Callback):
+    """Writes run_dir/model, a Hugging Face model directory, at the end of training.
+
+    Args:
+        source: `last`, the weights training ended with, or `best`, those of the best checkpoint.
+        dtype: of the written weights; as trained by default.
+
+    Attributes:
+        saved: the directory, once written.
+
+    Raises:
+        ValueError: `best` without a Checkpoint that monitors a metric.
+    """
+
+    def __init__(
+        self,
+        *,
+        source: Literal["last", "best"] = "last",
+        dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    ) -> None:
+        self.source, self.dtype = source, None if dtype is None else getattr(torch, dtype)
+        self.saved: Path | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse `best` when no best is kept, before training and not after."""
+        if stage == "fit" and self.source == "best" and not any(c.monitor for c in _checkpoints(trainer)):
+            raise ValueError("SaveModel: source 'best' needs callbacks.Checkpoint.monitor to name a metric")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the model directory."""
+        out = Path(trainer.default_root_dir) / "model"
+        best = next((c.best_path for c in _checkpoints(trainer) if c.best_path), None)
+        if self.source == "best":
+            if best is None:
+                raise ValueError(f"SaveModel: no best checkpoint: validation never ran in {pl_module.clock} steps")
+            if trainer.is_global_zero:
+                export_checkpoint(best, out, dtype=self.dtype)
+        else:
+            config = Path(trainer.default_root_dir) / "config.yaml"
+            provenance = make_provenance(pl_module.backbone.path, step=pl_module.clock, config_file=config)
+            save_model_directory(pl_module.policy, pl_module.processor, out, provenance, dtype=self.dtype)
+        trainer.strategy.barrier()
+        self.saved = out
+
+
+def _checkpoints(trainer: Trainer) -> list[Checkpoint]:
+    return [c for c in trainer.callbacks if isinstance(c, Checkpoint)]
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,296 @@
+"""The template every algorithm fills in: one `training_step` = everything between two looks at the data.
+
+A subclass says what it computes (`losses`), how much of it there is (`counts`), and, if one loader batch feeds several
+optimizer steps, how it is divided (`optimizer_batches`). The base divides each term once by its count over the whole
+optimizer step, keeps ranks together, clips, steps, counts, logs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from lightning_vlm.algorithms.evaluation import EvaluationMixin
+from lightning_vlm.algorithms.micro import Item, micro_batches
+from lightning_vlm.algorithms.optimizer import PartOptimizer, Schedule, lr_factor, parameter_groups
+from lightning_vlm.algorithms.totals import Micro, StepTotals
+from lightning_vlm.data.loading import StepBatch
+from lightning_vlm.losses.terms import objective
+from lightning_vlm.models.batch import ModelBatch, Row
+from lightning_vlm.models.collate import collate
+from lightning_vlm.models.families import family_of
+from lightning_vlm.models.load import load_model
+from lightning_vlm.models.parts import FrozenGuard, PartPolicy, apply_parts, part_parameters
+from lightning_vlm.models.policy import Policy
+from lightning_vlm.models.processor import load_processor
+from lightning_vlm.models.spec import Backbone
+from lightning_vlm.strategies.fsdp import shard_policy
+from lightning_vlm.strategies.sync import GradientSync, max_over_ranks, sum_over_ranks
+
+GUARD_STEP = 3  # after so many optimizer steps, what is frozen must not have moved and what trains must have
+
+
+class Algorithm(EvaluationMixin, L.LightningModule):
+    """Base of all algorithms.
+
+    Args:
+        backbone: the model to start from (linked from the top-level `backbone`).
+        parts: what trains and how, by part (`vision`, `projector`, `language`, `head`).
+        lr: learning rate of every part that sets none of its own.
+        optimizer: update rule of 2-D hidden matrices, `adamw` or `muon`; embeddings, heads, norms, biases keep AdamW.
+        weight_decay: decoupled weight decay of matrices; vectors are never decayed.
+        betas: AdamW's moments.
+        eps: AdamW's denominator.
+        schedule: learning rate after the warm-up: `constant`, `linear`, `cosine`, `wsd` (constant, then linear decay).
+        warmup_steps: optimizer steps of linear warm-up.
+        decay_fraction: share of the run over which `wsd` decays.
+        min_lr_ratio: floor of the decayed learning rate, as a share of the peak.
+        clip_norm: largest gradient norm over all parameters; 0 turns clipping off.
+        micro_batch_tokens: padded tokens of one forward and backward; changes memory and speed, never the gradient.
+        share_images: encode an image shown by several rows of a micro-batch once.
+        master_weights: float32 master weights and optimizer state beside low-precision weights.
+        seed: every random draw of training is a function of it.
+    """
+
+    encoding: ClassVar[Literal["conversation", "pair", "prompt"]] = "conversation"
+
+    def __init__(
+        self,
+        *,
+        backbone: Backbone,
+        parts: dict[str, PartPolicy] | None = None,
+        lr: float = 1e-5,
+        optimizer: Literal["adamw", "muon"] = "adamw",
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        schedule: Schedule = "cosine",
+        warmup_steps: int = 0,
+        decay_fraction: float = 0.4,
+        min_lr_ratio: float = 0.0,
+        clip_norm: float = 1.0,
+        micro_batch_tokens: int = 8192,
+        share_images: bool = True,
+        master_weights: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.backbone, self.parts = backbone, parts or {}
+        self.lr, self.optimizer, self.weight_decay = lr, optimizer, weight_decay
+        self.betas, self.eps = betas, eps
+        self.schedule, self.warmup_steps, self.decay_fraction = schedule, warmup_steps, decay_fraction
+        self.min_lr_ratio, self.clip_norm, self.master_weights = min_lr_ratio, clip_norm, master_weights
+        self.micro_batch_tokens, self.share_images, self.seed = micro_batch_tokens, share_images, seed
+        self.policy: Policy | None = None
+        self.processor = None
+        self.clock = self.clock_before = 0
+        self.last_step: dict[str, Any] = {}
+        self._total_steps = 0
+        self._evaluated: dict[str, int] = {}
+        self.records, self.fresh_metrics = {}, set()
+
+    # --- what a subclass fills in -----------------------------------------------------------------------------------
+
+    def losses(self, batch: ModelBatch) -> Micro:
+        """Loss terms of one micro-batch, summed, with gradient."""
+        raise NotImplementedError(f"{type(self).__name__} must define losses()")
+
+    def counts(self, items: list[Item]) -> dict[str, float]:
+        """Units of each loss term in these items, from masks alone; the step sums them over ranks."""
+        raise NotImplementedError(f"{type(self).__name__} must define counts()")
+
+    def optimizer_batches(self, batch: StepBatch) -> Iterable[list[Item]]:
+        """Items of each optimizer step that this loader batch feeds; one step by default."""
+        yield batch.items
+
+    # --- building ---------------------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Load, freeze, adapt and, under a sharding strategy, shard the policy."""
+        if self.policy is not None:
+            return
+        model = load_model(self.backbone)
+        family = family_of(model)
+        apply_parts(model, family, self.parts)
+        self.policy = Policy(model, family)
+        if self.device_mesh is not None:
+            shard_policy(self.policy, self.device_mesh, getattr(self.trainer.strategy, "mixed_precision", "none"))
+
+    def setup(self, stage: str) -> None:
+        """Bind the processor (the data module's where there is one)."""
+        data = self.trainer.datamodule
+        self.processor = getattr(data, "processor", None) or load_processor(self.backbone)
+
+    def configure_optimizers(self) -> PartOptimizer:
+        """One optimizer over the trainable parameters of all parts."""
+        parts = part_parameters(self.policy.model, self.policy.family)
+        trainable = {part: [(n, p) for n, p in named if p.requires_grad] for part, named in parts.items()}
+        trainable = {part: named for part, named in trainable.items() if named}
+        policy = {part: self.parts.get(part) or PartPolicy() for part in trainable}
+        both = (self.policy.model.get_input_embeddings(), self.policy.model.get_output_embeddings())
+        groups = parameter_groups(
+            trainable,
+            kind=self.optimizer,
+            lr={p: self.lr if s.lr is None else s.lr for p, s in policy.items()},
+            weight_decay={
+                p: self.weight_decay if s.weight_decay is None else s.weight_decay for p, s in policy.items()
+            },
+            warmup={p: self.warmup_steps if s.warmup is None else s.warmup for p, s in policy.items()},
+            embeddings={id(p) for module in both for p in module.parameters()},
+        )
+        return PartOptimizer(groups, betas=self.betas, eps=self.eps, master_weights=self.master_weights)
+
+    def on_fit_start(self) -> None:
+        """Prepare what a step needs once the policy sits on its device."""
+        self.sync = GradientSync(self.policy)
+        self.guard = FrozenGuard(self.policy.model, self.policy.family)
+        total = self.trainer.max_steps
+        self._total_steps = total if total > 0 else int(min(self.trainer.estimated_stepping_batches, 2**62))
+
+    # --- the step ---------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: StepBatch, batch_idx: int) -> None:
+        """Every optimizer step this batch feeds."""
+        self.clock_before = self.clock
+        for items in self.optimizer_batches(batch):
+            self.optimize(items, skipped=len(batch.skipped))
+
+    def optimize(self, items: list[Item], *, skipped: int = 0) -> None:
+        """One optimizer step over `items` of this rank."""
+        optimizer = self.optimizers()
+        # Draws inside the model (dropout) depend on the step alone.
+        torch.manual_seed(hash((self.seed, self.clock)) % 2**63)
+        plan = micro_batches(items, self.micro_batch_tokens)
+        counts, rounds = self._agree(self.counts(items), len(plan))
+        optimizer.zero_grad()
+        step = StepTotals()
+        for index in range(rounds):
+            batch = self._collate(plan[index] if index < len(plan) else [])
+            self.sync.before_backward(last=index == rounds - 1)
+            micro = self.losses(batch)
+            self.manual_backward(objective(micro.terms, counts) * self.sync.scale)
+            step.add(micro, batch)
+        report = step.over_ranks(counts, self.device)
+        self._require_finite(report, items)
+        norms = self._apply_gradients(optimizer)
+        self._require_finite({"grad_norm": norms["total"]}, items)
+        self._guard(norms)
+        rates = self._step(optimizer)
+        self._report(report, norms, rates, step, skipped)
+
+    def _agree(self, counts: dict[str, float], rounds: int) -> tuple[dict[str, float], int]:
+        """Counts over all ranks, and how many micro-batches every rank runs."""
+        counts = dict(zip(counts, sum_over_ranks(counts.values(), self.device), strict=True))
+        if self.sync.in_step:
+            rounds = int(max_over_ranks([rounds], self.device)[0])
+        return counts, max(rounds, 1)
+
+    def _collate(self, items: list[Item]) -> ModelBatch:
+        rows = [row for item in items for row in item]
+        lacks_image = not any(row.images for row in rows)
+        if not rows or (self.sync.in_step and lacks_image):
+            rows.append(self._dummy_row(with_image=self.sync.in_step))
+        batch = collate(rows, self.policy.family, self.processor.pad_id, share_images=self.share_images)
+        return batch.to(self.device)
+
+    def _dummy_row(self, with_image: bool) -> Row:
+        """A row nothing is scored on, so that every rank runs through the same modules."""
+        from PIL import Image
+
+        ids, images = [self.processor.pad_id] * 2, []
+        if with_image:
+            picture, expanded = self.processor.image(Image.new("RGB", (64, 64)))
+            ids, images = [*expanded, *ids], [picture]
+        tensor = torch.tensor(ids, dtype=torch.long)
+        return Row(id="(dummy)", input_ids=tensor, loss_mask=torch.zeros_like(tensor, dtype=torch.bool), images=images)
+
+    def _apply_gradients(self, optimizer) -> dict[str, float]:
+        """Reduce, measure per part, clip; returns norms by part and `total` (before clipping)."""
+        gradients = optimizer.optimizer.gradients()
+        self.sync.reduce(gradients)
+        by_part: dict[str, list[Tensor]] = {}
+        for group in optimizer.optimizer.param_groups:
+            by_part.setdefault(group["part"], []).extend(gradients[p] for p in group["params"])
+        norms = {part: _plain(get_total_norm(g)) for part, g in by_part.items()}
+        total = torch.linalg.vector_norm(torch.stack(list(norms.values())))
+        if self.clip_norm > 0:
+            clip_grads_with_norm_(list(optimizer.optimizer.work.values()), self.clip_norm, total)
+        values = torch.stack([*norms.values(), total]).tolist()
+        return dict(zip([*norms, "total"], values, strict=True))
+
+    def _step(self, optimizer) -> dict[str, float]:
+        rates: dict[str, float] = {}
+        for group in optimizer.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * lr_factor(
+                self.clock,
+                total=self._total_steps,
+                warmup=group["warmup"],
+                schedule=self.schedule,
+                decay_fraction=self.decay_fraction,
+                min_ratio=self.min_lr_ratio,
+            )
+            rates[group["part"]] = group["lr"]
+        optimizer.step()
+        self.clock += 1
+        return rates
+
+    def _guard(self, norms: dict[str, float]) -> None:
+        self.guard.observe({part: norm for part, norm in norms.items() if part != "total"})
+        if self.clock + 1 == self.guard.start + GUARD_STEP:
+            self.guard.check(self.policy.model)
+
+    def _require_finite(self, values: dict[str, float], items: list[Item]) -> None:
+        broken = {name: value for name, value in values.items() if not math.isfinite(value)}
+        if not broken:
+            return
+        ids = sorted({row.id for item in items for row in item})
+        path = Path(self.trainer.default_root_dir) / f"nonfinite_step{self.clock}_rank{self.global_rank}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"step": self.clock, "values": {k: str(v) for k, v in broken.items()}, "ids": ids}))
+        name, value = next(iter(broken.items()))
+        raise ValueError(
+            f"{name} is {value} at optimizer step {self.clock}; the sample ids are in {path}. Lower model.lr, raise "
+            "model.warmup_steps, set model.clip_norm, or look at those samples"
+        )
+
+    def _report(self, report, norms, rates, step: StepTotals, skipped: int) -> None:
+        """Log the step under `train/` on the clock of optimizer steps and keep it for monitors."""
+        metrics = {f"train/{name}": value for name, value in report.items()}
+        metrics |= {f"train/grad_norm/{part}": value for part, value in norms.items() if part != "total"}
+        metrics |= {f"train/lr/{part}": rate for part, rate in rates.items()}
+        metrics |= {"train/grad_norm": norms["total"], "train/skipped": float(skipped)}
+        self.last_step = {**step.tokens(), "metrics": metrics}
+        self.log_dict(metrics, batch_size=1)
+        self.log("step", float(self.clock), batch_size=1)
+
+    # --- checkpoints ------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Plain facts only, so that checkpoints load with `weights_only`."""
+        checkpoint["lightning_vlm"] = {
+            "algorithm": f"{type(self).__module__}.{type(self).__qualname__}",
+            "backbone": dict(vars(self.backbone)),
+            "parts": {name: dict(vars(policy)) for name, policy in self.parts.items()},
+            "step": self.clock,
+            **self.evaluation_state(),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the clock."""
+        ours = checkpoint["lightning_vlm"]
+        self.clock = self.clock_before = ours["step"]
+        self.restore_evaluation_state(ours)
+
+
+def _plain(norm: Tensor) -> Tensor:
+    """A norm over sharded gradients as an ordinary tensor."""
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm

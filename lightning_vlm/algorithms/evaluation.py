@@ -1,0 +1,170 @@
+"""Evaluation and prediction, the same for every algorithm.
+
+All ranks generate (or score) their share of each evaluation; records are gathered, and the evaluation turns them
+into metrics. Callbacks read `records` and `fresh_metrics`; they never call the model.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lightning_vlm.algorithms.micro import micro_batches
+from lightning_vlm.data.loading import StepBatch
+from lightning_vlm.data.module import Evaluation
+from lightning_vlm.models.collate import collate
+from lightning_vlm.rollouts import HFEngine, Sampling
+from lightning_vlm.strategies.sync import unsharded, world_size
+
+
+class EvaluationMixin:
+    """The evaluating half of `Algorithm`.
+
+    Attributes:
+        records: evaluation name → per-example records of the evaluations that ran last, over all ranks.
+        fresh_metrics: names of the metrics logged by the validation that ran last.
+        sampling: how `predict` samples; greedy by default. n: completions per prompt in `predict`.
+    """
+
+    records: dict[str, list[dict[str, Any]]]
+    fresh_metrics: set[str]
+    sampling: Sampling = Sampling()
+    n: int = 1
+
+    def evaluation_due(self, evaluation: Evaluation) -> bool:
+        """Whether the clock crossed a multiple of the interval since this evaluation last ran, or the run ends here."""
+        last = self._evaluated.get(evaluation.name, 0)
+        return self.clock != last and (
+            self.clock // evaluation.every > last // evaluation.every or self.clock >= self._total_steps
+        )
+
+    def evaluation_state(self) -> dict[str, Any]:
+        """What a checkpoint keeps: when each evaluation last ran."""
+        return {"evaluated": dict(self._evaluated)}
+
+    def restore_evaluation_state(self, state: dict[str, Any]) -> None:
+        """Restore `evaluation_state`."""
+        self._evaluated = dict(state["evaluated"])
+
+    def _start_evaluation(self) -> None:
+        self._weights = ExitStack()
+        self._weights.enter_context(unsharded(self.policy))
+        self._engine = HFEngine(self.policy, self.processor, batch_size=self._eval_batch_size())
+        data = self.trainer.datamodule
+        evaluations = getattr(data, "evaluations", {})
+        self._running = {name: e for name, e in evaluations.items() if data.due(e)}
+        self.records = {name: [] for name in self._running}
+        self.fresh_metrics = set()
+
+    def _end_evaluation(self, prefix: str) -> None:
+        self._weights.close()
+        for name, evaluation in self._running.items():
+            self.records[name] = sorted(_gathered(self.records[name]), key=lambda r: (r["id"], r.get("sample", 0)))
+            results = evaluation.results(self.records[name])
+            metrics = {f"{prefix}/{name}/{metric}": float(value) for metric, value in results.items()}
+            self.fresh_metrics |= set(metrics)
+            self._evaluated[name] = self.clock
+            self.log_dict(metrics, batch_size=1)
+        if self._running:
+            self.log("step", float(self.clock), batch_size=1)
+
+    def on_validation_epoch_start(self) -> None:
+        """Whole weights on every rank while the evaluation lasts, so that ranks need not stay in step."""
+        self._start_evaluation()
+
+    def on_validation_epoch_end(self) -> None:
+        """Gather, turn records into metrics, log them as `val/<evaluation>/<metric>`."""
+        self._end_evaluation("val")
+
+    def on_test_epoch_start(self) -> None:
+        """As for validation."""
+        self._start_evaluation()
+
+    def on_test_epoch_end(self) -> None:
+        """As for validation, logged as `test/…`."""
+        self._end_evaluation("test")
+
+    def validation_step(self, batch: StepBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Generate and grade, or score, one batch of one evaluation."""
+        name = list(self.trainer.datamodule.evaluations)[dataloader_idx]
+        evaluation = self._running[name]
+        answer = self._graded if evaluation.encoding == "prompt" else self._scored
+        self.records[name] += answer(evaluation, batch)
+
+    def test_step(self, batch: StepBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """As for validation."""
+        self.validation_step(batch, batch_idx, dataloader_idx)
+
+    def on_predict_epoch_start(self) -> None:
+        """As for validation."""
+        self._weights = ExitStack()
+        self._weights.enter_context(unsharded(self.policy))
+        self._engine = HFEngine(self.policy, self.processor, batch_size=self._eval_batch_size())
+
+    def on_predict_epoch_end(self) -> None:
+        """Give the gathered weights back."""
+        self._weights.close()
+
+    def predict_step(self, batch: StepBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
+        """`id`, `sample`, `prompt`, `output`, `gold`, `finished` for every completion of every prompt."""
+        return self._answers(batch, self.sampling, self.n)
+
+    def _graded(self, evaluation: Any, batch: StepBatch) -> list[dict[str, Any]]:
+        records = self._answers(batch, evaluation.sampling, evaluation.n)
+        samples = {sample.id: sample for sample in batch.samples}
+        for record in records:
+            record |= evaluation.score(record["output"], samples[record["id"]])
+        return records
+
+    def _answers(self, batch: StepBatch, sampling: Sampling, n: int) -> list[dict[str, Any]]:
+        rows = [row for item in batch.items for row in item]
+        completions = self._engine.generate(rows, n=n, sampling=sampling, keys=(self.seed, self.clock))
+        return [
+            {
+                "id": sample.id,
+                "sample": draw,
+                "prompt": _text(sample.prompt()),
+                "output": completion.text,
+                "gold": sample.answer,
+                "finished": completion.finished,
+            }
+            for sample, drawn in zip(batch.samples, completions, strict=True)
+            for draw, completion in enumerate(drawn)
+        ]
+
+    @torch.no_grad()
+    def _scored(self, evaluation: Any, batch: StepBatch) -> list[dict[str, Any]]:
+        records = []
+        for items in micro_batches(batch.items, self.micro_batch_tokens):
+            rows = [row for item in items for row in item]
+            model_batch = collate(rows, self.policy.family, self.processor.pad_id).to(self.device)
+            scores = self.policy.score(model_batch)
+            right = (scores.top_ids == self.policy.labels(model_batch)).to(scores.logprobs.dtype)
+            ones = torch.ones_like(scores.logprobs)
+            columns = {"logprob": scores.logprobs, "entropy": scores.entropies, "right": right, "tokens": ones}
+            sums = {name: scores.per_row(values, len(rows)).tolist() for name, values in columns.items()}
+            records += [
+                {"id": row.id, "name": row.name} | {name: values[i] for name, values in sums.items()}
+                for i, row in enumerate(rows)
+            ]
+        return records
+
+    def _eval_batch_size(self) -> int:
+        return getattr(self.trainer.datamodule, "eval_batch_size", 64)
+
+
+def _gathered(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Records of all ranks."""
+    if world_size() == 1:
+        return records
+    parts: list[Any] = [None] * world_size()
+    dist.all_gather_object(parts, records)
+    return [record for part in parts for record in part]
+
+
+def _text(messages: list[dict[str, Any]]) -> str:
+    parts = [part for message in messages for part in message["content"]]
+    return "".join(part["text"] if part["type"] == "text" else f"<{part['type']}>" for part in parts)

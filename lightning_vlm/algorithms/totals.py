@@ -1,0 +1,71 @@
+"""What one optimizer step adds up to."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_vlm.losses.terms import Term
+from lightning_vlm.models.batch import ModelBatch
+from lightning_vlm.models.policy import Scores
+from lightning_vlm.strategies.sync import sum_over_ranks
+
+
+class Micro(NamedTuple):
+    """What a subclass returns for one micro-batch.
+
+    Attributes:
+        terms: summed loss terms with gradient.
+        metrics: name → (sum, count) to be averaged over the step, without gradient.
+        scores: the scored tokens, for monitors.
+    """
+
+    terms: dict[str, Term]
+    metrics: dict[str, tuple[Tensor, float]]
+    scores: Scores
+
+
+class StepTotals:
+    """Sums over the micro-batches of a step, kept on the device until the step ends."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.metrics: dict[str, list] = {}
+        self.scores: list[Scores] = []
+        self.rows = self.padded = 0
+
+    def add(self, micro: Micro, batch: ModelBatch) -> None:
+        for name, term in micro.terms.items():
+            value = (term.sum * term.weight).detach().double()
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        for name, (total, count) in micro.metrics.items():
+            entry = self.metrics.setdefault(name, [0.0, 0.0])
+            entry[0], entry[1] = entry[0] + total.detach().double(), entry[1] + count
+        self.scores.append(Scores(*(t.detach() for t in micro.scores)))
+        self.rows += len(batch.rows)
+        self.padded += batch.input_ids.numel()
+
+    def over_ranks(self, counts: dict[str, float], device: torch.device) -> dict[str, float]:
+        """Loss, each term and each metric over all ranks, and token counts; one exchange."""
+        entropies = torch.cat([s.entropies for s in self.scores]).double()
+        sums = [*self.sums.values(), *(m[0] for m in self.metrics.values()), entropies.sum()]
+        flat = torch.stack([torch.as_tensor(s, dtype=torch.float64, device=device) for s in sums]).tolist()
+        host = [*(m[1] for m in self.metrics.values()), len(entropies), self.rows, self.padded, len(self.scores)]
+        flat = sum_over_ranks([*flat, *host], device)
+        n, m = len(self.sums), len(self.metrics)
+        terms = {name: s / counts[name] if counts[name] else 0.0 for name, s in zip(self.sums, flat, strict=False)}
+        tail = flat[n + m :]
+        means = {
+            name: s / c if c else 0.0 for name, s, c in zip(self.metrics, flat[n : n + m], tail[1 : 1 + m], strict=True)
+        }
+        tokens, rows, padded, micro = tail[1 + m :]
+        report = {"loss": sum(terms.values()), **(terms if n > 1 else {}), **means}
+        report |= {"entropy": tail[0] / tokens if tokens else 0.0, "tokens": tokens, "rows": rows}
+        return report | {"padded_tokens": padded, "micro_batches": micro}
+
+    def tokens(self) -> dict[str, Tensor]:
+        """Per-token quantities of this rank's step, for monitors."""
+        fields = ("logprobs", "entropies", "top_logprobs")
+        return {name: torch.cat([getattr(s, name) for s in self.scores]) for name in fields}

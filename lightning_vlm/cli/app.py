@@ -1,0 +1,337 @@
+"""Builds a stage from its configuration on LightningCLI and runs it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+
+from callbacks.checkpoint import SaveModel, last_checkpoint
+from lightning_vlm.cli import schema
+from lightning_vlm.cli.config import Config, nearest
+
+LOGGERS = {"MLFlow": "MLFlowLogger", "TensorBoard": "TensorBoardLogger", "WandB": "WandbLogger", "CSV": "CSVLogger"}
+ALWAYS = ("Progress", "RunRecord", "SaveModel", "Checkpoint")  # in every run, unless a configuration says `NAME: null`
+TRAINER_DEFAULTS = {"enable_model_summary": False, "use_distributed_sampler": False}
+
+
+class StageCLI(LightningCLI):
+    """LightningCLI over an already merged and checked configuration.
+
+    Args:
+        tree: trainer, model and data, as plain values.
+        callbacks: handed to the Trainer.
+        loggers: handed to the Trainer; none is fine.
+        run_dir: the Trainer's root folder.
+        seed: for `seed_everything`.
+    """
+
+    def __init__(
+        self, tree: dict[str, Any], callbacks: list[Callback], loggers: list[Logger], run_dir: Path, seed: int
+    ) -> None:
+        self.extra = {
+            "callbacks": list(callbacks),
+            "logger": loggers or False,
+            "default_root_dir": str(run_dir),
+            "enable_progress_bar": any(type(c).__name__ == "Progress" for c in callbacks),
+            "enable_checkpointing": any(type(c).__name__ == "Checkpoint" for c in callbacks),
+        }
+        super().__init__(
+            run=False,
+            args=tree,
+            save_config_callback=None,
+            seed_everything_default=seed,
+            auto_configure_optimizers=False,
+            trainer_defaults=TRAINER_DEFAULTS,
+            parser_kwargs={"exit_on_error": False},
+        )
+
+    def parse_arguments(self, parser: Any, args: Any) -> None:
+        """Take the configuration as it is: the command line was read before."""
+        try:
+            self.config = parser.parse_object(args)
+        except ArgumentError as err:
+            raise ValueError(str(err)) from err
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The Trainer, with the run's callbacks, loggers and folder."""
+        return super().instantiate_trainer(**self.extra, **kwargs)
+
+
+def run(command: str, config: Config, options: dict[str, Any]) -> int:
+    """Build and run one stage.
+
+    Args:
+        command: fit, validate, test or predict.
+        config: merged and resolved.
+        options: `resume`, `ckpt`, `out` as given.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        ValueError, FileNotFoundError: what the user can mend, in one line.
+    """
+    sys.path.append(os.getcwd())  # classes of the user's own, by dotted path
+    _quiet_advertisements()
+    classes = resolve_classes(config)
+    tree = linked(config, classes)
+    check(config, tree, classes)
+    run_dir = choose_run_dir(command, config)
+    ckpt = checkpoint_to_load(command, run_dir, options)
+    config_file = run_dir / ("config.yaml" if command == "fit" else f"{command}.yaml")
+
+    loggers = build_loggers(config, run_dir, resuming=command == "fit" and ckpt is not None)
+    callbacks = build_callbacks(config, config_file)
+    if command == "predict":
+        from lightning_vlm.cli.predict import PredictionWriter
+
+        callbacks.append(PredictionWriter(out=Path(options.get("out") or run_dir / "predictions.jsonl")))
+    seed = tree.pop("seed_everything", None)
+    cli = StageCLI(tree, callbacks, loggers, run_dir, seed=0 if seed is None else seed)
+    rank_zero_info(f"run_dir: {run_dir}")
+    write_config(cli, config, config_file)
+
+    stage = getattr(cli.trainer, command)
+    where = {"model": cli.model, "datamodule": cli.datamodule, "ckpt_path": str(ckpt) if ckpt else None}
+    if command == "predict":
+        stage(**where, return_predictions=False)
+    else:
+        results = stage(**where)
+        if command != "fit":
+            _write_results(run_dir / f"{command}.json", results)
+    if command == "fit":
+        _say_what_next(cli.trainer, config)
+    return 0
+
+
+def resolve_classes(config: Config) -> dict[tuple[str, ...], type]:
+    """The classes of model, data, callbacks and loggers, by the path that names them."""
+    found: dict[tuple[str, ...], type] = {}
+    for key, package, base in (
+        ("model", "lightning_vlm.algorithms", LightningModule),
+        ("data", "lightning_vlm.data", LightningDataModule),
+    ):
+        name = config.at((key, "class_path"))
+        if name is None:
+            raise ValueError(f"no {key}: set {key}.class_path in a configuration file, or give --{key} NAME")
+        place = f"{key}.class_path (set in {config.origin((key, 'class_path'))})"
+        found[(key,)] = schema.resolve_class(name, package, base, place)
+    for name in config.tree.get("callbacks") or {}:
+        place = f"callbacks.{name} (set in {config.origin(('callbacks', name))})"
+        found["callbacks", name] = schema.resolve_class(name, "callbacks", Callback, place)
+    for name in config.tree.get("logger") or {}:
+        if name not in LOGGERS and "." not in name:
+            raise config.error(("logger", name), f"unknown logger{nearest(name, LOGGERS)}")
+        place = f"logger.{name} (set in {config.origin(('logger', name))})"
+        found["logger", name] = schema.resolve_class(
+            LOGGERS.get(name, name), "lightning.pytorch.loggers", Logger, place
+        )
+    return found
+
+
+def linked(config: Config, classes: dict[tuple[str, ...], type]) -> dict[str, Any]:
+    """Trainer, model and data for LightningCLI, with the one `backbone` handed to whichever of the two takes it.
+
+    Raises:
+        ValueError: a value given at the link's target, or a backbone that nothing takes.
+    """
+    tree: dict[str, Any] = {"trainer": dict(config.tree.get("trainer") or {})}
+    if config.tree.get("seed_everything") is not None:
+        tree["seed_everything"] = config.tree["seed_everything"]
+    takers = 0
+    for key in ("model", "data"):
+        args = dict(config.at((key, "init_args")) or {})
+        if "backbone" in args:
+            raise config.error((key, "init_args", "backbone"), "comes from the top-level `backbone`; set it there")
+        if "backbone" in schema.signature(classes[(key,)]).hints and "backbone" in config.tree:
+            args["backbone"] = config.tree["backbone"]
+            takers += 1
+        cls = classes[(key,)]
+        tree[key] = {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": args}
+    if "backbone" in config.tree and not takers:
+        raise config.error(("backbone",), "neither model nor data takes a backbone")
+    return tree
+
+
+def check(config: Config, tree: dict[str, Any], classes: dict[tuple[str, ...], type]) -> None:
+    """Every name and type against the signatures, before anything is built; prints what class changes kept."""
+    seed = config.tree.get("seed_everything")
+    schema.check_value(seed, int | None, ("seed_everything",), config)
+    schema.check_arguments(Trainer, tree["trainer"], ("trainer",), config)
+    for line in schema.settle_swaps(config, classes):
+        rank_zero_info(line)
+    for key in ("model", "data"):
+        hints = schema.signature(classes[(key,)]).hints
+        args = dict(tree[key]["init_args"])
+        if "backbone" in hints:
+            if "backbone" not in args:
+                raise ValueError("no backbone: set backbone.path to a model directory, a hub id or embedded:NAME")
+            schema.check_value(args["backbone"], hints["backbone"], ("backbone",), config)
+            config.origins[key, "init_args", "backbone"] = config.origin(("backbone",))
+        schema.check_arguments(classes[(key,)], args, (key, "init_args"), config)
+    for group in ("callbacks", "logger"):
+        for name, kwargs in (config.tree.get(group) or {}).items():
+            schema.check_value(kwargs, dict | None, (group, name), config)
+            schema.check_arguments(classes[group, name], kwargs or {}, (group, name), config)
+
+
+def build_callbacks(config: Config, config_file: Path) -> list[Callback]:
+    """The callbacks of every run, changed and extended by the configuration's mapping."""
+    wanted: dict[str, Any] = {name: {} for name in ALWAYS}
+    for name, kwargs in (config.tree.get("callbacks") or {}).items():
+        if kwargs is None and name not in wanted:
+            raise config.error(("callbacks", name), "null removes a callback, but the run has none of that name")
+        wanted[name] = kwargs
+    if wanted["RunRecord"] is not None:
+        wanted["RunRecord"] = {"config_file": str(config_file), **wanted["RunRecord"]}
+    return [
+        instantiate(schema.resolve_class(name, "callbacks", Callback, f"callbacks.{name}"), kwargs)
+        for name, kwargs in wanted.items()
+        if kwargs is not None
+    ]
+
+
+def build_loggers(config: Config, run_dir: Path, resuming: bool = False) -> list[Logger]:
+    """The loggers of the configuration's mapping; a resumed run goes on in the MLflow run it had."""
+    loggers = []
+    experiment = "lightning-vlm"
+    for name, given in (config.tree.get("logger") or {}).items():
+        if given is None:
+            continue
+        defaults: dict[str, Any] = {}
+        if name == "MLFlow":
+            uri = os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
+            defaults = {"experiment_name": experiment, "tracking_uri": uri, "run_name": run_dir.name}
+            if resuming and (run_dir / "mlflow_run_id").is_file():
+                defaults["run_id"] = (run_dir / "mlflow_run_id").read_text().strip()
+            logging.getLogger("alembic").setLevel(logging.WARNING)  # a new database announces every table
+        elif name in ("TensorBoard", "CSV"):
+            defaults = {"save_dir": str(run_dir), "name": "", "version": name.lower()}
+        elif name == "WandB":
+            defaults = {"save_dir": str(run_dir), "name": run_dir.name, "project": experiment}
+        cls = schema.resolve_class(LOGGERS.get(name, name), "lightning.pytorch.loggers", Logger, f"logger.{name}")
+        try:
+            loggers.append(instantiate(cls, {**defaults, **given}))
+        except ModuleNotFoundError as err:
+            raise config.error(("logger", name), f"its package is not installed: {err}") from err
+    return loggers
+
+
+def instantiate(cls: type, kwargs: dict[str, Any]) -> Any:
+    """`cls(**kwargs)` with nested dataclasses and classes built from their mappings."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(cls, "it", fail_untyped=False)
+    try:
+        parsed = parser.parse_object({"it": kwargs})
+    except ArgumentError as err:
+        raise ValueError(f"{cls.__name__}: {err}") from err
+    return parser.instantiate_classes(parsed).it
+
+
+def choose_run_dir(command: str, config: Config) -> Path:
+    """`run_dir`, or runs/<experiment>-<time>; the same in every process of the run.
+
+    Raises:
+        ValueError: several processes that were started from outside cannot agree on a time; they need `--run_dir`.
+    """
+    given = config.tree.get("run_dir")
+    if given is not None:
+        return Path(str(given))
+    if int(os.environ.get("LOCAL_RANK", 0)) > 0 and "LVLM_RUN_DIR" in os.environ:
+        return Path(os.environ["LVLM_RUN_DIR"])  # started by rank 0 on this machine
+    stamp = os.environ.get("SLURM_JOB_ID")
+    if stamp is None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("processes started from outside need one folder: give --run_dir DIR")
+    first = config.files[-1] if config.files else Path("run")
+    name = re.sub(r"-\d{8}-\d{6}$", "", first.parent.name) if first.stem == "config" else first.stem
+    name = name if command == "fit" else f"{name}-{command}"
+    run_dir = Path("runs") / f"{name}-{stamp or time.strftime('%Y%m%d-%H%M%S')}"
+    os.environ["LVLM_RUN_DIR"] = str(run_dir)
+    return run_dir
+
+
+def checkpoint_to_load(command: str, run_dir: Path, options: dict[str, Any]) -> Path | None:
+    """The checkpoint that `--resume` or `--ckpt` means.
+
+    Raises:
+        FileNotFoundError: the named checkpoint is not there.
+        ValueError: `run_dir` holds a run and `--resume` was not given; or a model directory was given as `--ckpt`.
+    """
+    if command == "fit" and "resume" not in options:
+        if rank_zero_only.rank == 0 and (run_dir / "config.yaml").exists():
+            raise ValueError(
+                f"{run_dir} holds a run already: add --resume to go on with it, or choose another --run_dir"
+            )
+        return None
+    named = options.get("resume" if command == "fit" else "ckpt")
+    if named is None and command == "fit":
+        last = last_checkpoint(run_dir)
+        rank_zero_info(f"resuming from {last}" if last else f"nothing to resume in {run_dir}: starting from step 0")
+        return last
+    if named is None:
+        return None
+    path = Path(named)
+    if not path.exists():
+        raise FileNotFoundError(f"no checkpoint '{named}'")
+    if (path / "config.json").exists():
+        raise ValueError(f"'{named}' is a model directory, not a checkpoint: give it as --backbone.path {named}")
+    return path
+
+
+def write_config(cli: StageCLI, config: Config, path: Path) -> None:
+    """Write the resolved configuration, defaults of model and data filled in, such that `-c` runs it again."""
+    if rank_zero_only.rank != 0:
+        return
+    full = yaml.safe_load(cli.parser.dump(cli.config, skip_none=False, skip_validation=True))
+    out: dict[str, Any] = {"seed_everything": full["seed_everything"]}
+    for key in ("model", "data"):
+        backbone = full[key]["init_args"].pop("backbone", None)
+        if backbone is not None:
+            out["backbone"] = backbone
+    out |= {"model": full["model"], "data": full["data"]}
+    given = config.tree.get("trainer") or {}
+    out["trainer"] = {k: full["trainer"][k] for k in given}
+    out |= {k: config.tree[k] for k in ("callbacks", "logger") if config.tree.get(k)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(yaml.safe_dump(out, sort_keys=False, allow_unicode=True))
+    os.replace(temporary, path)
+
+
+def _write_results(path: Path, results: list[dict[str, float]]) -> None:
+    if rank_zero_only.rank == 0:
+        merged = {name: value for result in results for name, value in result.items()}
+        path.write_text(json.dumps(merged, indent=2, sort_keys=True) + "\n")
+        rank_zero_info(f"results: {path}")
+
+
+def _say_what_next(trainer: Trainer, config: Config) -> None:
+    saver = next((c for c in trainer.callbacks if isinstance(c, SaveModel)), None)
+    if saver is None or saver.saved is None:
+        return
+    model = shlex.quote(str(saver.saved))
+    rank_zero_info(f"model: {saver.saved}")
+    rank_zero_info(f"  look at it:  lightning-vlm chat {model} --image FILE")
+    if config.files:
+        shown = shlex.quote(os.path.relpath(config.files[-1]))
+        rank_zero_info(f"  evaluate it: lightning-vlm validate -c {shown} --backbone.path {model}")
+
+
+def _quiet_advertisements() -> None:
+    """Lightning recommends a service of its own at every start; nobody asked."""
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).addFilter(lambda record: "litlogger" not in record.getMessage())

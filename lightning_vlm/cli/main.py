@@ -1,0 +1,95 @@
+"""The console script `lightning-vlm`: finds the command and turns users' errors into one line.
+
+Nothing heavy is imported before a command needs it: help, version, and errors in the command line or in the
+configuration's files answer at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+from pathlib import Path
+
+from lightning_vlm._version import __version__
+from lightning_vlm.cli.config import nearest
+
+COMMANDS = {
+    "fit": ("lightning_vlm.cli.stage", "train: -c FILE [--key value ...] [--run_dir DIR] [--resume]"),
+    "validate": ("lightning_vlm.cli.stage", "evaluate on the validation benchmarks: -c FILE [--ckpt FILE]"),
+    "test": ("lightning_vlm.cli.stage", "evaluate on the test benchmarks: -c FILE [--ckpt FILE]"),
+    "predict": ("lightning_vlm.cli.stage", "write the model's answers as JSONL: -c FILE [--ckpt FILE] [--out FILE]"),
+    "export": ("lightning_vlm.cli.export", "checkpoint to Hugging Face model directory: CKPT --out DIR"),
+    "chat": ("lightning_vlm.cli.chat", "talk to a model about an image: DIR --image FILE [--prompt TEXT]"),
+}
+PACKAGES = tuple(str(Path(__file__).resolve().parents[2] / name) + os.sep for name in ("lightning_vlm", "callbacks"))
+
+
+def usage() -> str:
+    """The text of `lightning-vlm --help`."""
+    lines = ["usage: lightning-vlm COMMAND ...", "", "Post-training of vision-language models.", "", "commands:"]
+    lines += [f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items()]
+    lines += ["", "options:", "  --help      this text; `lightning-vlm COMMAND --help` for one command"]
+    lines += ["  --version   the version", "  --traceback show where an error was raised (also LVLM_TRACEBACK=1)"]
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: the arguments after the program's name; `sys.argv[1:]` by default.
+
+    Returns:
+        The exit code: 0, 2 for an error the user can mend (one line on stderr), 130 when interrupted.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    show = "--traceback" in args or os.environ.get("LVLM_TRACEBACK", "") not in ("", "0")
+    args = [a for a in args if a != "--traceback"]
+    try:
+        return _dispatch(args)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except Exception as err:
+        if show or not is_user_error(err):
+            raise
+        print(f"error: {one_line(err)}", file=sys.stderr)
+        return 2
+
+
+def _dispatch(args: list[str]) -> int:
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if args[0] in ("-V", "--version"):
+        print(f"lightning-vlm {__version__}")
+        return 0
+    name = args[0]
+    if name not in COMMANDS:
+        raise ValueError(f"unknown command '{name}'{nearest(name, COMMANDS)}")
+    module = importlib.import_module(COMMANDS[name][0])
+    return module.main(name, args[1:])
+
+
+def is_user_error(err: Exception) -> bool:
+    """Whether the error says what the user can mend; anything else is a bug and keeps its traceback."""
+    misconfigured = any(c.__name__ == "MisconfigurationException" for c in type(err).__mro__)
+    return isinstance(err, ValueError | OSError) or misconfigured
+
+
+def one_line(err: Exception) -> str:
+    """The error's text in one line, with where it was raised if that was in another library."""
+    text = " ".join(str(err).split()) or type(err).__name__
+    if isinstance(err, OSError) and err.strerror and err.filename is not None:
+        text = f"{err.strerror}: {err.filename}"
+    frames = traceback.extract_tb(err.__traceback__)
+    if frames and not frames[-1].filename.startswith(PACKAGES):
+        last = frames[-1]
+        text += f" (from {Path(last.filename).name}:{last.lineno}; --traceback shows the way there)"
+    return text
+
+
+if __name__ == "__main__":
+    sys.exit(main())

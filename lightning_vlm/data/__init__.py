@@ -1,0 +1,1 @@
+"""Samples, sources, encoding, loading."""

@@ -1,0 +1,178 @@
+"""From samples to the rows of one optimizer step.
+
+One loader batch is everything one optimizer step needs on this rank. Which samples step k takes is a pure function of
+(seed, epoch, step): ranks take every world-th of the step's samples, so the step is the same for any number of ranks,
+workers and restarts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_vlm.data.schema import BadSample, Sample
+from lightning_vlm.models.batch import Row
+
+
+@dataclass(slots=True)
+class StepBatch:
+    """What one loader hands over.
+
+    Attributes:
+        items: units that must stay together in one micro-batch (a row, or chosen and rejected), in sample order.
+        samples: the samples behind the items, for grading and reports.
+        skipped: (id, reason, detail) of samples that could not be used.
+    """
+
+    items: list[list[Row]]
+    samples: list[Sample]
+    skipped: list[tuple[str, str, str]] = field(default_factory=list)
+
+
+class StepSampler:
+    """Batches of sample indices, one per optimizer step, for one rank.
+
+    Every epoch is a permutation keyed by (seed, epoch), cut into steps of `batch_size` samples; the last step of an
+    epoch may be short. Rank r takes elements r, r + world, … of each step.
+
+    Args:
+        size: number of samples. batch_size: samples per optimizer step over all ranks. seed: of the permutations.
+        rank, world: this rank and the number of data-parallel ranks.
+        shuffle: False keeps the data set's order.
+        skip: called when iteration starts: steps of the current epoch that are done already (for resuming).
+    """
+
+    def __init__(
+        self,
+        size: int,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        shuffle: bool = True,
+        skip: Callable[[], int] = lambda: 0,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        self.size, self.batch_size, self.seed = size, batch_size, seed
+        self.rank, self.world, self.shuffle, self.skip = rank, world, shuffle, skip
+        self.epoch = 0
+        self.sampler = self  # Lightning announces epochs to `batch_sampler.sampler`
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch's permutation."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return -(-self.size // self.batch_size)
+
+    def step_indices(self, epoch: int, step: int) -> list[int]:
+        """Indices of all ranks' samples at `step` of `epoch`."""
+        order = self._order(epoch)
+        return order[step * self.batch_size : (step + 1) * self.batch_size]
+
+    def _order(self, epoch: int) -> list[int]:
+        if not self.shuffle:
+            return list(range(self.size))
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
+        return torch.randperm(self.size, generator=generator).tolist()
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = self._order(self.epoch)
+        for step in range(self.skip(), len(self)):
+            yield order[step * self.batch_size : (step + 1) * self.batch_size][self.rank :: self.world]
+
+
+class EncodedDataset(Dataset):
+    """Samples encoded on access, in a worker; what cannot be used comes back as the `BadSample` itself.
+
+    Args:
+        samples: any map-style sequence of `Sample`.
+        encode: Sample → rows that stay together.
+    """
+
+    def __init__(self, samples: Sequence[Sample], encode: Callable[[Sample], list[Row]]) -> None:
+        self.samples, self.encode = samples, encode
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Sample, list[Row]] | BadSample:
+        sample = self.samples[index]
+        try:
+            rows = self.encode(sample)
+        except BadSample as bad:
+            return bad
+        return _light(sample), rows
+
+
+def _light(sample: Sample) -> Sample:
+    """The sample without its pictures and callables, which need not travel between processes."""
+    info = {k: v for k, v in sample.info.items() if not callable(v)}
+    return Sample(sample.id, sample.messages, [], sample.rejected, sample.answer, sample.source, info)
+
+
+class Collate:
+    """Joins a step's encoded samples; with `on_bad_sample="error"` the first bad one stops the run.
+
+    Args:
+        on_bad_sample: `error` or `skip` (counted and reported).
+    """
+
+    def __init__(self, on_bad_sample: str) -> None:
+        self.on_bad_sample = on_bad_sample
+
+    def __call__(self, encoded: list[Any]) -> StepBatch:
+        batch = StepBatch([], [])
+        for entry in encoded:
+            if isinstance(entry, BadSample):
+                batch.skipped.append((entry.id, entry.reason, entry.detail))
+            else:
+                batch.samples.append(entry[0])
+                batch.items.append(entry[1])
+        if batch.skipped and self.on_bad_sample == "error":
+            id, reason, detail = batch.skipped[0]
+            raise BadSample(
+                id, reason, f"{detail} (mend the data, or set data.on_bad_sample: skip to leave out such samples)"
+            )
+        return batch
+
+
+class RankShard:
+    """Evaluation batches of this rank: every sample exactly once over all ranks, none repeated to fill up.
+
+    Args:
+        size: number of samples. batch_size: samples per batch on this rank. rank, world: as for `StepSampler`.
+    """
+
+    def __init__(self, size: int, batch_size: int, *, rank: int = 0, world: int = 1) -> None:
+        self.indices, self.batch_size = list(range(rank, size, world)), batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.indices) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for start in range(0, len(self.indices), self.batch_size):
+            yield self.indices[start : start + self.batch_size]
+
+
+class DueLoader:
+    """A loader that yields nothing while its evaluation is not due, and starts no workers then.
+
+    Args:
+        loader: the real loader. due: whether the evaluation is due now.
+    """
+
+    def __init__(self, loader: DataLoader, due: Callable[[], bool]) -> None:
+        self.loader, self.due = loader, due
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[StepBatch]:
+        return iter(self.loader) if self.due() else iter(())

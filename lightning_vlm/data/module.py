@@ -1,0 +1,201 @@
+"""The one DataModule: training mixture, named evaluations, prediction prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import gcd
+from typing import Any, Literal, Protocol
+
+import lightning as L
+import torch
+from torch.utils.data import DataLoader
+
+from lightning_vlm.data.encode import Encoder
+from lightning_vlm.data.loading import Collate, DueLoader, EncodedDataset, RankShard, StepSampler
+from lightning_vlm.data.mixture import Mixture
+from lightning_vlm.data.schema import Sample
+from lightning_vlm.data.sources import SourceSpec, open_source
+from lightning_vlm.models.batch import Row
+from lightning_vlm.models.processor import load_processor
+from lightning_vlm.models.spec import Backbone
+
+Encoding = Literal["conversation", "pair", "prompt"]
+
+
+class Evaluation(Protocol):
+    """What a callback registers: a named set of samples with its own interval."""
+
+    name: str
+    samples: Sequence[Sample]
+    every: int
+    encoding: Encoding
+
+
+class VLMData(L.LightningDataModule):
+    """Samples of any sources, encoded in workers, one batch per optimizer step.
+
+    Evaluations are registered by callbacks (`callbacks.Geometry3K: {path: …, every: 200}`); each becomes a named
+    validation loader that yields nothing while it is not due.
+
+    Args:
+        backbone: the model whose processor encodes the samples (linked from the top-level `backbone`).
+        train: named sources to train on, mixed by their `weight`.
+        predict: named sources whose prompts `lightning-vlm predict` answers.
+        batch_size: samples per optimizer step, over all ranks and micro-batches.
+        eval_batch_size: prompts generated together on one rank in evaluation and prediction.
+        workers: processes that decode images and encode samples; 0 does it in the main process.
+        max_length: longest sequence in tokens, image tokens included; longer samples are bad samples.
+        on_bad_sample: `error` stops at the first sample that cannot be used; `skip` leaves it out and reports it.
+        shuffle: walk the training data in a seeded permutation per epoch; False keeps its order.
+        seed: seed of permutations and mixtures.
+
+    Raises:
+        ValueError: no data for what is asked, or a setting of the Trainer that this module replaces.
+    """
+
+    def __init__(
+        self,
+        *,
+        backbone: Backbone,
+        train: dict[str, SourceSpec] | None = None,
+        predict: dict[str, SourceSpec] | None = None,
+        batch_size: int = 32,
+        eval_batch_size: int = 64,
+        workers: int = 2,
+        max_length: int = 4096,
+        on_bad_sample: Literal["error", "skip"] = "error",
+        shuffle: bool = True,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1 or eval_batch_size < 1:
+            raise ValueError(
+                f"data.batch_size and data.eval_batch_size must be at least 1, got {batch_size}, {eval_batch_size}"
+            )
+        self.backbone, self.train_specs, self.predict_specs = backbone, train or {}, predict or {}
+        self.batch_size, self.eval_batch_size, self.workers = batch_size, eval_batch_size, workers
+        self.max_length, self.on_bad_sample, self.shuffle, self.seed = max_length, on_bad_sample, shuffle, seed
+        self.evaluations: dict[str, Evaluation] = {}
+        self.processor = None
+        self.train_samples: Sequence[Sample] | None = None
+
+    def setup(self, stage: str) -> None:
+        """Load the processor and open the sources that `stage` needs."""
+        trainer = self.trainer
+        if trainer is not None and trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
+            raise ValueError(
+                "set trainer.use_distributed_sampler: false; the data module shards each step's samples itself"
+            )
+        if self.processor is None:
+            self.processor = load_processor(self.backbone)
+            self.encoder = Encoder(self.processor, max_length=self.max_length)
+        if stage == "fit" and self.train_samples is None:
+            if not self.train_specs:
+                raise ValueError("nothing to train on: give data.train at least one named source")
+            sources = [open_source(spec, for_training=True) for spec in self.train_specs.values()]
+            weights = [spec.weight for spec in self.train_specs.values()]
+            self.train_samples = Mixture(sources, weights, seed=self.seed)
+
+    def register(self, evaluation: Evaluation) -> None:
+        """Add a named evaluation; its loader yields only at multiples of `evaluation.every` optimizer steps.
+
+        Raises:
+            ValueError: two evaluations of one name, an interval below 1, or `trainer.val_check_interval` set by hand.
+        """
+        if evaluation.name in self.evaluations and self.evaluations[evaluation.name] is not evaluation:
+            raise ValueError(f"two evaluations are named {evaluation.name!r}; give one of them another `name`")
+        if evaluation.every < 1:
+            raise ValueError(f"evaluation {evaluation.name!r} has every={evaluation.every}; it must be at least 1")
+        if len(evaluation.samples) == 0:
+            raise ValueError(f"evaluation {evaluation.name!r} has no samples")
+        self.evaluations[evaluation.name] = evaluation
+        trainer = self.trainer
+        # Lightning asks for validation every so many batches; the loaders decide who is due. The last step counts too.
+        total = trainer.max_steps if trainer.max_steps > 0 else 0
+        intervals = [e.every for e in self.evaluations.values()] + ([total] if total else [])
+        trainer.val_check_interval = gcd(*intervals)
+        trainer.check_val_every_n_epoch = None
+
+    def due(self, evaluation: Evaluation) -> bool:
+        """Whether a multiple of the evaluation's interval was crossed since it last ran, or the run ends here."""
+        module = self.trainer.lightning_module
+        if self.trainer.state.fn != "fit" or self.trainer.sanity_checking:
+            return True
+        return module.evaluation_due(evaluation)
+
+    def train_dataloader(self) -> DataLoader:
+        """One batch per optimizer step; resumes where the restored run stood."""
+        encode = self._encode(self.trainer.lightning_module.encoding)
+        loop = self.trainer.fit_loop.epoch_loop
+        sampler = StepSampler(
+            len(self.train_samples),
+            self.batch_size,
+            seed=self.seed,
+            rank=self._rank,
+            world=self._world,
+            shuffle=self.shuffle,
+            skip=lambda: loop.batch_progress.current.processed,
+        )
+        return self._loader(EncodedDataset(self.train_samples, encode), sampler, self.on_bad_sample)
+
+    def val_dataloader(self) -> list[DueLoader]:
+        """One loader per registered evaluation, in registration order."""
+        return [DueLoader(self._eval_loader(e), lambda e=e: self.due(e)) for e in self.evaluations.values()]
+
+    def test_dataloader(self) -> list[DueLoader]:
+        """The same evaluations, all due."""
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> DataLoader:
+        """Prompts of `data.predict` in order."""
+        if not self.predict_specs:
+            raise ValueError("nothing to predict on: give data.predict at least one named source")
+        samples = Mixture([open_source(s, for_training=False) for s in self.predict_specs.values()], None)
+        return self._prompt_loader(samples, "prompt")
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Batches stay on the host; micro-batches travel to the device one at a time."""
+        return batch
+
+    def _encode(self, encoding: Encoding) -> Callable[[Sample], list[Row]]:
+        encoder = self.encoder
+        return {
+            "conversation": _One(encoder.encode),
+            "prompt": _One(encoder.encode_prompt),
+            "pair": encoder.encode_pair,
+        }[encoding]
+
+    def _eval_loader(self, evaluation: Evaluation) -> DataLoader:
+        return self._prompt_loader(evaluation.samples, evaluation.encoding)
+
+    def _prompt_loader(self, samples: Sequence[Sample], encoding: Encoding) -> DataLoader:
+        sampler = RankShard(len(samples), self.eval_batch_size, rank=self._rank, world=self._world)
+        # A benchmark with an item left out is another benchmark: evaluation never skips.
+        return self._loader(EncodedDataset(samples, self._encode(encoding)), sampler, "error", persistent=False)
+
+    def _loader(self, dataset, sampler, on_bad_sample: str, persistent: bool = True) -> DataLoader:
+        return DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=Collate(on_bad_sample),
+            num_workers=self.workers,
+            persistent_workers=persistent and self.workers > 0,
+        )
+
+    @property
+    def _rank(self) -> int:
+        return self.trainer.global_rank
+
+    @property
+    def _world(self) -> int:
+        return self.trainer.world_size
+
+
+class _One:
+    """A single row as an item; a class so that workers started by spawn can unpickle it."""
+
+    def __init__(self, encode: Callable[[Sample], Row]) -> None:
+        self.encode = encode
+
+    def __call__(self, sample: Sample) -> list[Row]:
+        return [self.encode(sample)]

@@ -1,0 +1,1 @@
+"""Metrics: pure functions on texts and tensors, and thin torchmetrics classes."""

@@ -1,0 +1,215 @@
+"""The model as algorithms see it: rows in, hidden states of the scored tokens out.
+
+Images are encoded once per distinct image and handed to the family's own forward through one seam, so that placeholder
+scatter, M-RoPE and deepstack stay the family's code. Shape suffixes: B rows, T padded length, N scored tokens, D width,
+V vocabulary, I distinct images, O image occurrences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lightning_vlm.losses.kernel import Divergences, divergences, token_scores
+
+from .batch import ModelBatch
+from .families import Family
+
+
+class Scores(NamedTuple):
+    """What a policy says about the scored tokens of a batch; flat over N tokens, row-major.
+
+    Attributes:
+        logprobs: [N] log π(token), nats, differentiable.
+        entropies: [N] entropy of the next-token distribution, nats, differentiable.
+        top_logprobs: [N] log-probability of the most likely token.
+        top_ids: [N] the most likely token.
+        rows: [N] index of the token's row in the batch.
+    """
+
+    logprobs: Tensor
+    entropies: Tensor
+    top_logprobs: Tensor
+    top_ids: Tensor
+    rows: Tensor
+
+    def per_row(self, values: Tensor, count: int) -> Tensor:
+        """[count] sums of per-token `values` [N] over each row."""
+        return torch.zeros(count, dtype=values.dtype, device=values.device).index_add(0, self.rows, values)
+
+
+class HeadInput(NamedTuple):
+    """A policy's distributions before the head: hidden states [N, D] and head weight [V, D]."""
+
+    hidden: Tensor
+    weight: Tensor
+
+
+class Policy(nn.Module):
+    """A Hugging Face image-text-to-text model with its family.
+
+    Everything that reads weights happens inside `forward`, so that a Policy can be the root of a sharded module.
+
+    Args:
+        model: the top model (`...ForConditionalGeneration`).
+        family: `family_of(model)`.
+    """
+
+    def __init__(self, model: PreTrainedModel, family: Family) -> None:
+        super().__init__()
+        self.model = model
+        self.family = family
+
+    def forward(
+        self,
+        batch: ModelBatch,
+        *,
+        temperature: float = 1.0,
+        against: HeadInput | None = None,
+        beta: float = 0.5,
+        raw: bool = False,
+    ) -> Scores | Divergences | HeadInput:
+        """Score a batch; the one way to read this policy's distributions, for weights may be sharded outside of it.
+
+        Args:
+            batch: padded rows on this policy's device.
+            temperature: of the distribution that is scored.
+            against: another policy's `HeadInput` at the same tokens; gives the divergences of this policy from it.
+            beta: weight of p in the Jensen–Shannon form.
+            raw: return this policy's own `HeadInput`, to be given as `against`.
+        """
+        hidden, weight = self.hidden_states(batch), self.head_weight()
+        if raw:
+            return HeadInput(hidden, weight)
+        if against is not None:
+            return divergences(hidden, weight, *against, beta=beta, temperature=temperature)
+        mask = batch.loss_mask[:, 1:]
+        rows = torch.arange(len(mask), device=mask.device)[:, None].expand_as(mask)[mask]
+        return Scores(*token_scores(hidden, weight, self.labels(batch), temperature=temperature), rows)
+
+    def score(self, batch: ModelBatch, *, temperature: float = 1.0) -> Scores:
+        """Log-probs and entropies of the scored tokens, through `forward` so that hooks run."""
+        return self(batch, temperature=temperature)
+
+    def divergence(self, batch: ModelBatch, other: HeadInput, *, beta: float = 0.5) -> Divergences:
+        """Per-token KL, reverse KL, JS and TV of this policy (p) from `other` (q), through `forward`."""
+        return self(batch, against=other, beta=beta)
+
+    @property
+    def head(self) -> nn.Module:
+        """The output projection D → V."""
+        return self.model.get_output_embeddings()
+
+    def head_weight(self) -> Tensor:
+        """[V, D] weight of the output projection, a LoRA adapter on it included. Read it inside `forward` only."""
+        head = self.head
+        if not hasattr(head, "lora_A"):
+            return head.weight
+        weight = head.base_layer.weight
+        for name in head.active_adapters:
+            delta = head.lora_B[name].weight @ head.lora_A[name].weight
+            weight = weight + (head.scaling[name] * delta).to(weight.dtype)
+        return weight
+
+    def labels(self, batch: ModelBatch) -> Tensor:
+        """[N] ids of the scored tokens, in the order of `hidden_states`."""
+        return batch.input_ids[:, 1:][batch.loss_mask[:, 1:]]
+
+    def hidden_states(self, batch: ModelBatch) -> Tensor:
+        """Last hidden states that predict the scored tokens.
+
+        Args:
+            batch: padded on either side; without images the vision tower is not touched.
+
+        Returns:
+            [N, D], at position t − 1 for every scored token t, row-major.
+
+        Raises:
+            ValueError: placeholder ids and image features differ in number.
+        """
+        with self.inputs(batch) as inputs:
+            if "mm_token_type_ids" not in inputs:
+                inputs["position_ids"] = self._positions(batch)
+            out = self.model.model(**inputs, use_cache=False)
+        return out.last_hidden_state[:, :-1][batch.loss_mask[:, 1:]]
+
+    @contextmanager
+    def inputs(self, batch: ModelBatch) -> Iterator[dict[str, Any]]:
+        """Keyword arguments for the inner model's forward, or for `model.generate`, while images come from the seam.
+
+        To sample a prompt n times repeat its row (its images are still encoded once), not `num_return_sequences`.
+
+        Yields:
+            `input_ids`, `attention_mask`, and with images what the family needs to know of them.
+
+        Raises:
+            ValueError: placeholder ids and image features differ in number.
+        """
+        ids = batch.input_ids
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": batch.attention_mask}
+        placeholders = ids == self.model.config.image_token_id
+        _check_counts(batch, placeholders)
+        if self.family.patch_rows:
+            # Offsets of an earlier batch, which the family would otherwise apply to text without images.
+            self.model.model.rope_deltas = None
+        if not batch.pixels:
+            yield inputs
+            return
+        inputs["pixel_values"] = batch.pixels["pixel_values"]
+        if self.family.patch_rows:
+            # From one grid per occurrence and the kind of each token the family computes its M-RoPE positions.
+            inputs["image_grid_thw"] = batch.pixels["image_grid_thw"][batch.image_index]
+            inputs["mm_token_type_ids"] = placeholders.int()
+        with _image_seam(self.model.model, batch):
+            yield inputs
+
+    def _positions(self, batch: ModelBatch) -> Tensor:
+        """[B, T] positions that skip the padding; [3, B, T] for the Qwen line, where two axes can mean packed rows."""
+        positions = (batch.attention_mask.cumsum(-1) - 1).clamp(min=0)
+        return positions.expand(3, *positions.shape) if self.family.patch_rows else positions
+
+
+def _check_counts(batch: ModelBatch, placeholders: Tensor) -> None:
+    """Placeholders of each row against the tokens its images fill, on what the host already knows."""
+    expected = [sum(image.tokens for image in row.images) for row in batch.rows]
+    found = placeholders.sum(1).tolist()
+    for row, want, have in zip(batch.rows, expected, found, strict=True):
+        if want != have:
+            raise ValueError(f"row {row.id} has {have} image placeholder ids, its {len(row.images)} images fill {want}")
+
+
+@contextmanager
+def _image_seam(inner: PreTrainedModel, batch: ModelBatch) -> Iterator[None]:
+    """Lets `inner.get_image_features` answer with the batch's images, each encoded once, in order of occurrence."""
+    original = inner.get_image_features
+    order = batch.image_index.tolist()
+
+    def per_occurrence(features: Any) -> Any:
+        """[ΣP, D], or one tensor per image → the same kind, one entry per occurrence."""
+        single = isinstance(features, Tensor)
+        flat = features.flatten(0, -2) if single else torch.cat([f.flatten(0, -2) for f in features])
+        if len(flat) != sum(batch.image_tokens):
+            raise ValueError(f"images fill {sum(batch.image_tokens)} placeholders, the model gave {len(flat)} features")
+        images = flat.split(batch.image_tokens)
+        chosen = [images[i] for i in order]
+        return torch.cat(chosen) if single else chosen
+
+    @wraps(original)
+    def seam(*args: Any, **kwargs: Any) -> Any:
+        out = original(**batch.pixels, return_dict=True)
+        out.pooler_output = per_occurrence(out.pooler_output)
+        if getattr(out, "deepstack_features", None) is not None:
+            out.deepstack_features = [per_occurrence(level) for level in out.deepstack_features]
+        return out
+
+    inner.get_image_features = seam
+    try:
+        yield
+    finally:
+        del inner.get_image_features

@@ -1,0 +1,89 @@
+"""Which samples a step takes, and how items are cut into micro-batches."""
+
+import pytest
+import torch
+
+from lightning_vlm.algorithms.micro import micro_batches
+from lightning_vlm.data.loading import Collate, RankShard, StepSampler
+from lightning_vlm.data.schema import BadSample
+from lightning_vlm.models.batch import ImageInput, Row
+
+
+def row(id, length, image=None):
+    ids = torch.zeros(length, dtype=torch.long)
+    images = [] if image is None else [ImageInput(image, {}, 1)]
+    return Row(id, ids, torch.ones(length, dtype=torch.bool), images=images)
+
+
+def test_an_epoch_visits_every_sample_once_and_epochs_differ():
+    sampler = StepSampler(10, 4, seed=3)
+    epochs = []
+    for epoch in (0, 1):
+        sampler.set_epoch(epoch)
+        steps = list(sampler)
+        assert [len(s) for s in steps] == [4, 4, 2] and len(sampler) == 3
+        epochs.append([i for s in steps for i in s])
+    assert sorted(epochs[0]) == list(range(10)) == sorted(epochs[1]) and epochs[0] != epochs[1]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+def test_a_steps_samples_do_not_depend_on_the_number_of_ranks(world):
+    whole = [sorted(s) for s in StepSampler(11, 4, seed=1)]
+    ranks = [list(StepSampler(11, 4, seed=1, rank=r, world=world)) for r in range(world)]
+    joined = [sorted(i for rank in ranks for i in rank[step]) for step in range(3)]
+    assert joined == whole
+
+
+def test_resuming_skips_steps_that_are_done():
+    full = list(StepSampler(10, 3, seed=2))
+    assert list(StepSampler(10, 3, seed=2, skip=lambda: 2)) == full[2:]
+    assert list(StepSampler(10, 3, seed=2, skip=lambda: 4)) == []
+
+
+def test_without_shuffling_the_order_is_the_data_sets():
+    assert list(StepSampler(5, 2, shuffle=False)) == [[0, 1], [2, 3], [4]]
+
+
+@pytest.mark.parametrize("size, world", [(10, 2), (7, 3), (2, 4)])
+def test_evaluation_shards_cover_each_sample_exactly_once(size, world):
+    shards = [RankShard(size, 2, rank=r, world=world) for r in range(world)]
+    seen = sorted(i for shard in shards for batch in shard for i in batch)
+    assert seen == list(range(size))
+    assert all(len(list(shard)) == len(shard) for shard in shards)
+
+
+def test_bad_samples_are_refused_or_reported():
+    bad = BadSample("a7", "missing_image", "no file pic.png")
+    with pytest.raises(BadSample, match=r"a7.*pic\.png.*on_bad_sample"):
+        Collate("error")([bad])
+    batch = Collate("skip")([bad])
+    assert batch.items == [] and batch.skipped == [("a7", "missing_image", "no file pic.png")]
+
+
+def test_micro_batches_keep_the_budget_and_lose_nothing():
+    items = [[row(str(i), 3 + (i * 7) % 11)] for i in range(40)]
+    for budget in (13, 30, 64, 10_000):
+        plan = micro_batches(items, budget)
+        flat = sorted(r.id for micro in plan for item in micro for r in item)
+        assert flat == sorted(r.id for item in items for r in item)
+        for micro in plan:
+            rows = [r for item in micro for r in item]
+            assert len(rows) * max(len(r) for r in rows) <= budget
+    assert len(micro_batches(items, 10_000)) == 1
+
+
+def test_an_item_longer_than_the_budget_stands_alone_and_pairs_stay_together():
+    pair = [row("a", 9), row("b", 4)]
+    plan = micro_batches([pair, [row("c", 2)]], 5)
+    assert sorted(len(m) for m in plan) == [1, 1] and pair in plan[0]
+
+
+def test_rows_of_one_image_stay_side_by_side():
+    items = [[row(f"{image}{q}", 5, image=image)] for q in range(2) for image in "abcd"]
+    for micro in micro_batches(items, 10):
+        assert len({r.images[0].key for item in micro for r in item}) == 1
+
+
+def test_budget_below_one():
+    with pytest.raises(ValueError, match="micro_batch_tokens"):
+        micro_batches([], 0)
