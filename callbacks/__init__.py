@@ -6,8 +6,10 @@ Names are imported when they are first used, so that one callback's dependencies
 from importlib import import_module
 
 _HOME = {
+    "Benchmarks": "callbacks.benchmarks",
     "Checkpoint": "callbacks.checkpoint",
     "EntropyMonitor": "callbacks.entropy",
+    "Geometry3K": "callbacks.benchmarks",
     "Progress": "callbacks.progress",
     "RunRecord": "callbacks.record",
     "SampleTable": "callbacks.samples",

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint as CheckpointBase
 
+from callbacks._clock import crossed
 from lightning_vlm.export import export_checkpoint, make_provenance, save_model_directory
 from lightning_vlm.export.directory import replace_directory
 
@@ -27,10 +28,10 @@ def last_checkpoint(run_dir: str | Path) -> Path | None:
 
 
 class Checkpoint(CheckpointBase):
-    """Saves run_dir/checkpoints/step-N.ckpt every `every` optimizer steps and at the end, and best-N.ckpt by a task metric.
+    """Saves run_dir/checkpoints/step-N.ckpt every so many optimizer steps and at the end, best-N.ckpt by a metric.
 
-    A checkpoint is written under a temporary name and renamed when complete; only then older ones go. A full disk stops the
-    run with an error, and the previous checkpoint stays.
+    A checkpoint is written under a temporary name and renamed when complete; only then older ones go. A full disk stops
+    the run with an error, and the previous checkpoint stays.
 
     Args:
         every: optimizer steps between checkpoints, counted when a multiple is crossed; 0 saves at the end only.
@@ -71,15 +72,15 @@ class Checkpoint(CheckpointBase):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save when the clock crossed a multiple of `every` in this batch."""
-        if self.every and pl_module.clock // self.every > pl_module.clock_before // self.every:
+        if crossed(pl_module.clock_before, pl_module.clock, self.every):
             self._save_step(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the best when the monitored metric got better."""
         if self.monitor is None or trainer.sanity_checking or trainer.state.fn != "fit":
             return
-        if self.monitor not in trainer.callback_metrics:
-            self._refuse_misspelt(trainer)
+        if self.monitor not in pl_module.fresh_metrics:
+            self._refuse_misspelt(trainer, pl_module.fresh_metrics)
             return
         self._seen = True
         score = float(trainer.callback_metrics[self.monitor])
@@ -99,10 +100,10 @@ class Checkpoint(CheckpointBase):
         if self.monitor is not None and not self._seen:
             raise ValueError(f"Checkpoint: nothing logged monitor '{self.monitor}' in this run{self._near(trainer)}")
 
-    def _refuse_misspelt(self, trainer: Trainer) -> None:
-        """A benchmark that was due and logged other metrics will never log this one."""
-        benchmark = self.monitor.rsplit("/", 1)[0] + "/"
-        if benchmark != self.monitor + "/" and any(name.startswith(benchmark) for name in trainer.callback_metrics):
+    def _refuse_misspelt(self, trainer: Trainer, fresh: set[str]) -> None:
+        """A benchmark that was due and logged other metrics will never log this one; one not due may do so later."""
+        benchmark = self.monitor.rpartition("/")[0] + "/"
+        if any(name.startswith(benchmark) for name in fresh):
             raise ValueError(f"Checkpoint: nothing logs monitor '{self.monitor}'{self._near(trainer)}")
 
     def _near(self, trainer: Trainer) -> str:
@@ -130,15 +131,15 @@ class Checkpoint(CheckpointBase):
             _delete(temporary)
         trainer.strategy.barrier()
         try:
-            trainer.save_checkpoint(temporary)
+            trainer.save_checkpoint(temporary, weights_only=False)
         except OSError as err:
             _delete(temporary)
             free = shutil.disk_usage(path.parent).free / 2**30
             last = last_checkpoint(trainer.default_root_dir)
             kept = f"the previous checkpoint {last} is whole" if last else "there is no earlier checkpoint"
             raise OSError(
-                f"could not write checkpoint {path}: {err} ({free:.1f} GiB free); {kept}; free some space and go on with "
-                f"--run_dir {trainer.default_root_dir} --resume"
+                f"could not write checkpoint {path}: {err} ({free:.1f} GiB free); {kept}; free some space and go on "
+                f"with --run_dir {trainer.default_root_dir} --resume"
             ) from err
         if trainer.is_global_zero:
             if temporary.is_dir():
@@ -180,8 +181,8 @@ class SaveModel(Callback):
         if stage == "fit" and self.source == "best" and not any(c.monitor for c in _checkpoints(trainer)):
             raise ValueError("SaveModel: source 'best' needs callbacks.Checkpoint.monitor to name a metric")
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the model directory."""
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the model directory; after `on_train_end`, in which the last checkpoint is made safe."""
         out = Path(trainer.default_root_dir) / "model"
         best = next((c.best_path for c in _checkpoints(trainer) if c.best_path), None)
         if self.source == "best":

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from scipy.stats import chisquare, kstest
 from transformers import (
     GenerationConfig,
@@ -16,10 +17,16 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
+from lightning_vlm.data.encode import Encoder
+from lightning_vlm.data.schema import Sample, image, message, text
 from lightning_vlm.models.batch import ImageInput, Row
 from lightning_vlm.models.collate import collate
 from lightning_vlm.models.families import family_of
+from lightning_vlm.models.load import load_model
 from lightning_vlm.models.policy import Policy
+from lightning_vlm.models.processor import load_processor
+from lightning_vlm.models.spec import Backbone
+from lightning_vlm.models.tiny import TINY_FAMILIES, make_tiny
 from lightning_vlm.rollouts import HFEngine, Sampling, completion_row
 from lightning_vlm.rollouts.sampling import KeyedSampler, draw_key, filter_logits, gumbel_noise
 
@@ -39,7 +46,7 @@ PROCESSOR = SimpleNamespace(tokenizer=Tokens(), pad_id=PAD, eos_ids={EOS}, banne
 
 
 def qwen() -> Qwen2_5_VLForConditionalGeneration:
-    text = {
+    language = {
         "vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1]},
         "initializer_range": 0.5, "tie_word_embeddings": False,
@@ -49,11 +56,11 @@ def qwen() -> Qwen2_5_VLForConditionalGeneration:
         "window_size": 16, "fullatt_block_indexes": [1], "initializer_range": 0.3,
     }  # fmt: skip
     ids = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": START, "vision_end_token_id": END}
-    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids))
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=language, vision_config=vision, **ids))
 
 
 def llava() -> LlavaForConditionalGeneration:
-    text = {
+    language = {
         "model_type": "qwen2", "vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.5,
     }  # fmt: skip
@@ -62,7 +69,7 @@ def llava() -> LlavaForConditionalGeneration:
         "num_attention_heads": 4, "image_size": 8, "patch_size": 4, "projection_dim": 32, "initializer_range": 0.3,
     }  # fmt: skip
     return LlavaForConditionalGeneration(
-        LlavaConfig(text_config=text, vision_config=vision, image_token_index=IMAGE, image_seq_length=4)
+        LlavaConfig(text_config=language, vision_config=vision, image_token_index=IMAGE, image_seq_length=4)
     )
 
 
@@ -93,8 +100,8 @@ def picture(policy: Policy, seed: int) -> ImageInput:
 
 def prompt(id: str, images: list[ImageInput], words: list[int]) -> Row:
     ids = [6]
-    for image in images:
-        ids += [START] + [IMAGE] * image.tokens + [END]
+    for shown in images:
+        ids += [START] + [IMAGE] * shown.tokens + [END]
     ids = torch.tensor(ids + words)
     return Row(id, ids, torch.zeros(len(ids), dtype=torch.bool), images=images)
 
@@ -240,6 +247,36 @@ def test_no_prompts_and_bad_arguments(policy, prompts):
         engine.generate(prompts, n=0, sampling=GREEDY, keys=(0, 0))
     with pytest.raises(ValueError, match="batch_size"):
         HFEngine(policy, PROCESSOR, batch_size=0)
+
+
+@pytest.mark.parametrize("name", TINY_FAMILIES)
+def test_every_family_with_its_own_processor(name, tmp_path):
+    """One image, none, and two (one of them shared): the batch draws what each row draws alone, and the trainer's
+    log-probs of the completion, right-padded, are the engine's."""
+    make_tiny(name, tmp_path / name, initializer_range=0.3)
+    backbone = Backbone(path=str(tmp_path / name), dtype="float64")
+    processor, model = load_processor(backbone), load_model(backbone)
+    policy, encoder = Policy(model, family_of(model)), Encoder(processor)
+    noise = torch.randint(0, 256, (2, 40, 60, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    a, b = (Image.fromarray(pixels.numpy()) for pixels in noise)
+    rows = [
+        encoder.encode_prompt(Sample(id, [message("user", *parts)], images))
+        for id, parts, images in (
+            ("one", [image(), text("what is it?")], [a]),
+            ("none", [text("hello there")], []),
+            ("two", [text("x"), image(), text("and"), image(), text("compare")], [b, a]),
+        )
+    ]
+    together = HFEngine(policy, processor).generate(rows, n=2, sampling=SAMPLED, keys=(0, 0))
+    apart = HFEngine(policy, processor, batch_size=1).generate(rows, n=2, sampling=SAMPLED, keys=(0, 0))
+    assert [[c.ids for c in group] for group in together] == [[c.ids for c in group] for group in apart]
+    pairs = [(row, completion) for row, group in zip(rows, together, strict=True) for completion in group]
+    batch = collate([completion_row(*pair) for pair in pairs], policy.family, processor.pad_id)
+    with torch.no_grad():
+        logits = policy.hidden_states(batch) @ policy.head_weight().T / SAMPLED.temperature
+    expected = logits.log_softmax(-1).gather(1, policy.labels(batch)[:, None])[:, 0]
+    got = torch.tensor([logprob for _, completion in pairs for logprob in completion.logprobs])
+    torch.testing.assert_close(got.double(), expected, atol=2e-5, rtol=0)
 
 
 # --- the draw itself -------------------------------------------------------------------------------------------------

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
-from test_families import IMAGE, KINDS, PAD, mixed_rows, picture, row, shapes, tiny
+from PIL import Image
 
+from lightning_vlm.models.batch import Row
 from lightning_vlm.models.collate import collate
 from lightning_vlm.models.families import family_of
+from lightning_vlm.models.load import check_vocabulary, load_model
 from lightning_vlm.models.policy import Policy
+from lightning_vlm.models.processor import load_processor
+from lightning_vlm.models.spec import Backbone
+from lightning_vlm.models.tiny import TINY_FAMILIES, make_tiny
+
+from .test_families import IMAGE, KINDS, PAD, mixed_rows, picture, row, shapes, tiny
 
 
 @pytest.fixture(params=KINDS)
@@ -119,8 +127,8 @@ def test_each_distinct_image_is_encoded_once(policy, monkeypatch):
         seen.append({name: tuple(value.shape) for name, value in kwargs.items() if isinstance(value, torch.Tensor)})
         return original(self, **kwargs)
 
-    monkeypatch.setattr(type(inner), "get_image_features", counting)
     batch = collate(mixed_rows(policy.model), policy.family, PAD)
+    monkeypatch.setattr(type(inner), "get_image_features", counting)
     policy.hidden_states(batch)
     assert seen == [{name: tuple(value.shape) for name, value in batch.pixels.items()}]
     assert "get_image_features" not in vars(inner), "the seam must be gone after the forward"
@@ -197,3 +205,28 @@ def test_features_that_do_not_fit_are_named(policy):
     image.tokens += 1
     with pytest.raises(ValueError, match="the model gave"):
         policy.hidden_states(collate([row("wide", 2, image, 3)], policy.family, PAD))
+
+
+@pytest.mark.parametrize("name", [*TINY_FAMILIES, "embedded:qwen2_5_vl-tiny", "embedded:llava-tiny"])
+def test_a_directory_with_its_processor_runs_from_picture_to_gradient(name, tmp_path):
+    """Pictures of three shapes through the family's own image processor; the pixels cut back equal each picture's."""
+    path = name if name.startswith("embedded:") else str(make_tiny(name, tmp_path))
+    backbone = Backbone(path=path, dtype="float64")
+    model, processor = load_model(backbone), load_processor(backbone)
+    check_vocabulary(model, processor)
+    policy = Policy(model, family_of(model))
+    noise, rows = np.random.default_rng(0), []
+    for wide, high in ((40, 60), (120, 50), (64, 64)):
+        image, ids = processor.image(Image.fromarray(noise.integers(0, 255, (high, wide, 3), dtype=np.uint8)))
+        ids = torch.tensor([40, 41, *ids, 42, 43, 44])
+        rows.append(Row(id=str(wide), input_ids=ids, loss_mask=torch.arange(len(ids)) >= len(ids) - 2, images=[image]))
+    batch = collate([*rows, rows[0]], policy.family, processor.pad_id)
+    assert len(batch.image_tokens) == 3
+    for cut, r in zip(policy.family.slice(batch.pixels, batch.image_tokens), rows, strict=True):
+        assert all(torch.equal(cut[key], tensor) for key, tensor in r.images[0].tensors.items())
+    states = policy.hidden_states(batch)
+    alone = torch.cat([policy.hidden_states(collate([r], policy.family, processor.pad_id, side="left")) for r in rows])
+    torch.testing.assert_close(states, torch.cat([alone, alone[:2]]), rtol=1e-9, atol=1e-11)
+    (states @ policy.head_weight().T).logsumexp(-1).sum().backward()
+    without = {name for name, param in model.named_parameters() if param.grad is None}
+    assert without == set(policy.family.off_graph(model))

@@ -10,11 +10,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
@@ -27,15 +29,16 @@ from lightning_vlm.losses.terms import objective
 from lightning_vlm.models.batch import ModelBatch, Row
 from lightning_vlm.models.collate import collate
 from lightning_vlm.models.families import family_of
+from lightning_vlm.models.guard import check_frozen, check_gradients, snapshot_frozen
 from lightning_vlm.models.load import load_model
-from lightning_vlm.models.parts import FrozenGuard, PartPolicy, apply_parts, part_parameters
+from lightning_vlm.models.parts import PartPolicy, apply_parts, part_parameters
 from lightning_vlm.models.policy import Policy
 from lightning_vlm.models.processor import load_processor
 from lightning_vlm.models.spec import Backbone
 from lightning_vlm.strategies.fsdp import shard_policy
 from lightning_vlm.strategies.sync import GradientSync, max_over_ranks, sum_over_ranks
 
-GUARD_STEP = 3  # after so many optimizer steps, what is frozen must not have moved and what trains must have
+GUARD_STEPS = 3  # after so many optimizer steps, what is frozen must not have moved and what trains had gradient
 
 
 class Algorithm(EvaluationMixin, L.LightningModule):
@@ -152,7 +155,8 @@ class Algorithm(EvaluationMixin, L.LightningModule):
     def on_fit_start(self) -> None:
         """Prepare what a step needs once the policy sits on its device."""
         self.sync = GradientSync(self.policy)
-        self.guard = FrozenGuard(self.policy.model, self.policy.family)
+        self._frozen, self._largest_norms = snapshot_frozen(self.policy), {}
+        self._guard_at = self.clock + GUARD_STEPS
         total = self.trainer.max_steps
         self._total_steps = total if total > 0 else int(min(self.trainer.estimated_stepping_batches, 2**62))
 
@@ -177,14 +181,15 @@ class Algorithm(EvaluationMixin, L.LightningModule):
             batch = self._collate(plan[index] if index < len(plan) else [])
             self.sync.before_backward(last=index == rounds - 1)
             micro = self.losses(batch)
-            self.manual_backward(objective(micro.terms, counts) * self.sync.scale)
+            with self._replicas_apart():
+                self.manual_backward(objective(micro.terms, counts) * self.sync.scale)
             step.add(micro, batch)
         report = step.over_ranks(counts, self.device)
         self._require_finite(report, items)
         norms = self._apply_gradients(optimizer)
         self._require_finite({"grad_norm": norms["total"]}, items)
-        self._guard(norms)
         rates = self._step(optimizer)
+        self._guard(norms)
         self._report(report, norms, rates, step, skipped)
 
     def _agree(self, counts: dict[str, float], rounds: int) -> tuple[dict[str, float], int]:
@@ -212,6 +217,11 @@ class Algorithm(EvaluationMixin, L.LightningModule):
             ids, images = [*expanded, *ids], [picture]
         tensor = torch.tensor(ids, dtype=torch.long)
         return Row(id="(dummy)", input_ids=tensor, loss_mask=torch.zeros_like(tensor, dtype=torch.bool), images=images)
+
+    def _replicas_apart(self) -> AbstractContextManager:
+        """DDP would average each micro-batch by itself; `GradientSync` sums the whole step instead."""
+        strategy = self.trainer.strategy
+        return strategy.block_backward_sync() if isinstance(strategy, DDPStrategy) else nullcontext()
 
     def _apply_gradients(self, optimizer) -> dict[str, float]:
         """Reduce, measure per part, clip; returns norms by part and `total` (before clipping)."""
@@ -244,9 +254,15 @@ class Algorithm(EvaluationMixin, L.LightningModule):
         return rates
 
     def _guard(self, norms: dict[str, float]) -> None:
-        self.guard.observe({part: norm for part, norm in norms.items() if part != "total"})
-        if self.clock + 1 == self.guard.start + GUARD_STEP:
-            self.guard.check(self.policy.model)
+        """After a few steps: nothing frozen moved, everything trainable was reached. Off the hot path from then on."""
+        if self.clock > self._guard_at:
+            return
+        for part, norm in norms.items():
+            if part != "total":
+                self._largest_norms[part] = max(norm, self._largest_norms.get(part, 0.0))
+        if self.clock == self._guard_at:
+            check_frozen(self.policy, self._frozen, self.policy.family)
+            check_gradients(self._largest_norms)
 
     def _require_finite(self, values: dict[str, float], items: list[Item]) -> None:
         broken = {name: value for name, value in values.items() if not math.isfinite(value)}

@@ -1,1 +1,3 @@
+"""Benchmarks: named samples with a prompt, sampling settings, a grading rule and an interval."""
 
+from .benchmark import Benchmark, BenchmarkSpec, open_benchmark

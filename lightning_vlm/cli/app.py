@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
@@ -17,13 +18,16 @@ from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+import callbacks
 from callbacks.checkpoint import SaveModel, last_checkpoint
+from callbacks.record import MLFLOW_RUN_FILE
 from lightning_vlm.cli import schema
 from lightning_vlm.cli.config import Config, nearest
 
 LOGGERS = {"MLFlow": "MLFlowLogger", "TensorBoard": "TensorBoardLogger", "WandB": "WandbLogger", "CSV": "CSVLogger"}
+EXPERIMENT = "lightning-vlm"
 ALWAYS = ("Progress", "RunRecord", "SaveModel", "Checkpoint")  # in every run, unless a configuration says `NAME: null`
 TRAINER_DEFAULTS = {"enable_model_summary": False, "use_distributed_sampler": False}
 
@@ -33,27 +37,23 @@ class StageCLI(LightningCLI):
 
     Args:
         tree: trainer, model and data, as plain values.
-        callbacks: handed to the Trainer.
+        observers: callbacks, handed to the Trainer.
         loggers: handed to the Trainer; none is fine.
         run_dir: the Trainer's root folder.
-        seed: for `seed_everything`.
     """
 
-    def __init__(
-        self, tree: dict[str, Any], callbacks: list[Callback], loggers: list[Logger], run_dir: Path, seed: int
-    ) -> None:
+    def __init__(self, tree: dict[str, Any], observers: list[Callback], loggers: list[Logger], run_dir: Path) -> None:
         self.extra = {
-            "callbacks": list(callbacks),
+            "callbacks": list(observers),
             "logger": loggers or False,
             "default_root_dir": str(run_dir),
-            "enable_progress_bar": any(type(c).__name__ == "Progress" for c in callbacks),
-            "enable_checkpointing": any(type(c).__name__ == "Checkpoint" for c in callbacks),
+            "enable_progress_bar": any(type(c).__name__ == "Progress" for c in observers),
+            "enable_checkpointing": any(type(c).__name__ == "Checkpoint" for c in observers),
         }
         super().__init__(
             run=False,
             args=tree,
             save_config_callback=None,
-            seed_everything_default=seed,
             auto_configure_optimizers=False,
             trainer_defaults=TRAINER_DEFAULTS,
             parser_kwargs={"exit_on_error": False},
@@ -62,7 +62,7 @@ class StageCLI(LightningCLI):
     def parse_arguments(self, parser: Any, args: Any) -> None:
         """Take the configuration as it is: the command line was read before."""
         try:
-            self.config = parser.parse_object(args)
+            self.config = parser.parse_object(copy.deepcopy(args))
         except ArgumentError as err:
             raise ValueError(str(err)) from err
 
@@ -89,20 +89,20 @@ def run(command: str, config: Config, options: dict[str, Any]) -> int:
     _quiet_advertisements()
     classes = resolve_classes(config)
     tree = linked(config, classes)
-    check(config, tree, classes)
     run_dir = choose_run_dir(command, config)
-    ckpt = checkpoint_to_load(command, run_dir, options)
     config_file = run_dir / ("config.yaml" if command == "fit" else f"{command}.yaml")
+    defaults = run_defaults(run_dir, config_file, resuming="resume" in options)
+    check(config, tree, classes, defaults)
+    ckpt = checkpoint_to_load(command, run_dir, options)
 
-    loggers = build_loggers(config, run_dir, resuming=command == "fit" and ckpt is not None)
-    callbacks = build_callbacks(config, config_file)
+    loggers = build_loggers(config, classes, defaults)
+    observers = build_callbacks(config, defaults)
     if command == "predict":
         from lightning_vlm.cli.predict import PredictionWriter
 
-        callbacks.append(PredictionWriter(out=Path(options.get("out") or run_dir / "predictions.jsonl")))
-    seed = tree.pop("seed_everything", None)
-    cli = StageCLI(tree, callbacks, loggers, run_dir, seed=0 if seed is None else seed)
-    rank_zero_info(f"run_dir: {run_dir}")
+        observers.append(PredictionWriter(out=Path(options.get("out") or run_dir / "predictions.jsonl")))
+    cli = StageCLI(tree, observers, loggers, run_dir)
+    say(f"run_dir: {run_dir}")
     write_config(cli, config, config_file)
 
     stage = getattr(cli.trainer, command)
@@ -114,7 +114,7 @@ def run(command: str, config: Config, options: dict[str, Any]) -> int:
         if command != "fit":
             _write_results(run_dir / f"{command}.json", results)
     if command == "fit":
-        _say_what_next(cli.trainer, config)
+        _say_what_next(cli.trainer, config_file)
     return 0
 
 
@@ -123,14 +123,16 @@ def resolve_classes(config: Config) -> dict[tuple[str, ...], type]:
     found: dict[tuple[str, ...], type] = {}
     for key, package, base in (
         ("model", "lightning_vlm.algorithms", LightningModule),
-        ("data", "lightning_vlm.data", LightningDataModule),
+        ("data", "lightning_vlm.data.module", LightningDataModule),
     ):
         name = config.at((key, "class_path"))
         if name is None:
             raise ValueError(f"no {key}: set {key}.class_path in a configuration file, or give --{key} NAME")
         place = f"{key}.class_path (set in {config.origin((key, 'class_path'))})"
         found[(key,)] = schema.resolve_class(name, package, base, place)
-    for name in config.tree.get("callbacks") or {}:
+    for name, kwargs in (config.tree.get("callbacks") or {}).items():
+        if kwargs is None and (name in callbacks.__all__ or "." in name):
+            continue  # removed: nothing to import
         place = f"callbacks.{name} (set in {config.origin(('callbacks', name))})"
         found["callbacks", name] = schema.resolve_class(name, "callbacks", Callback, place)
     for name in config.tree.get("logger") or {}:
@@ -149,9 +151,7 @@ def linked(config: Config, classes: dict[tuple[str, ...], type]) -> dict[str, An
     Raises:
         ValueError: a value given at the link's target, or a backbone that nothing takes.
     """
-    tree: dict[str, Any] = {"trainer": dict(config.tree.get("trainer") or {})}
-    if config.tree.get("seed_everything") is not None:
-        tree["seed_everything"] = config.tree["seed_everything"]
+    tree = {"seed_everything": config.tree["seed_everything"], "trainer": dict(config.tree.get("trainer") or {})}
     takers = 0
     for key in ("model", "data"):
         args = dict(config.at((key, "init_args")) or {})
@@ -167,13 +167,17 @@ def linked(config: Config, classes: dict[tuple[str, ...], type]) -> dict[str, An
     return tree
 
 
-def check(config: Config, tree: dict[str, Any], classes: dict[tuple[str, ...], type]) -> None:
+def check(
+    config: Config,
+    tree: dict[str, Any],
+    classes: dict[tuple[str, ...], type],
+    defaults: dict[tuple[str, str], dict[str, Any]],
+) -> None:
     """Every name and type against the signatures, before anything is built; prints what class changes kept."""
-    seed = config.tree.get("seed_everything")
-    schema.check_value(seed, int | None, ("seed_everything",), config)
+    schema.check_value(config.tree["seed_everything"], int, ("seed_everything",), config)
     schema.check_arguments(Trainer, tree["trainer"], ("trainer",), config)
     for line in schema.settle_swaps(config, classes):
-        rank_zero_info(line)
+        say(line)
     for key in ("model", "data"):
         hints = schema.signature(classes[(key,)]).hints
         args = dict(tree[key]["init_args"])
@@ -186,46 +190,54 @@ def check(config: Config, tree: dict[str, Any], classes: dict[tuple[str, ...], t
     for group in ("callbacks", "logger"):
         for name, kwargs in (config.tree.get(group) or {}).items():
             schema.check_value(kwargs, dict | None, (group, name), config)
-            schema.check_arguments(classes[group, name], kwargs or {}, (group, name), config)
+            if kwargs is not None:
+                complete = {**defaults.get((group, name), {}), **kwargs}
+                schema.check_arguments(classes[group, name], complete, (group, name), config)
 
 
-def build_callbacks(config: Config, config_file: Path) -> list[Callback]:
+def run_defaults(run_dir: Path, config_file: Path, resuming: bool) -> dict[tuple[str, str], dict[str, Any]]:
+    """Arguments of callbacks and loggers that follow from the run; a resumed run goes on in the MLflow run it had."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
+    mlflow = {"experiment_name": EXPERIMENT, "tracking_uri": uri, "run_name": run_dir.name}
+    if resuming and (run_dir / MLFLOW_RUN_FILE).is_file():
+        mlflow["run_id"] = (run_dir / MLFLOW_RUN_FILE).read_text().strip()
+    return {
+        ("callbacks", "RunRecord"): {"config_file": str(config_file)},
+        ("logger", "MLFlow"): mlflow,
+        ("logger", "TensorBoard"): {"save_dir": str(run_dir), "name": "", "version": "tensorboard"},
+        ("logger", "CSV"): {"save_dir": str(run_dir), "name": "", "version": "csv"},
+        ("logger", "WandB"): {"save_dir": str(run_dir), "name": run_dir.name, "project": EXPERIMENT},
+    }
+
+
+def build_callbacks(config: Config, defaults: dict[tuple[str, str], dict[str, Any]]) -> list[Callback]:
     """The callbacks of every run, changed and extended by the configuration's mapping."""
-    wanted: dict[str, Any] = {name: {} for name in ALWAYS}
-    for name, kwargs in (config.tree.get("callbacks") or {}).items():
-        if kwargs is None and name not in wanted:
-            raise config.error(("callbacks", name), "null removes a callback, but the run has none of that name")
-        wanted[name] = kwargs
-    if wanted["RunRecord"] is not None:
-        wanted["RunRecord"] = {"config_file": str(config_file), **wanted["RunRecord"]}
+    wanted: dict[str, Any] = {name: {} for name in ALWAYS} | (config.tree.get("callbacks") or {})
     return [
-        instantiate(schema.resolve_class(name, "callbacks", Callback, f"callbacks.{name}"), kwargs)
+        instantiate(
+            schema.resolve_class(name, "callbacks", Callback, f"callbacks.{name}"),
+            {**defaults.get(("callbacks", name), {}), **kwargs},
+        )
         for name, kwargs in wanted.items()
         if kwargs is not None
     ]
 
 
-def build_loggers(config: Config, run_dir: Path, resuming: bool = False) -> list[Logger]:
-    """The loggers of the configuration's mapping; a resumed run goes on in the MLflow run it had."""
+def build_loggers(
+    config: Config, classes: dict[tuple[str, ...], type], defaults: dict[tuple[str, str], dict[str, Any]]
+) -> list[Logger]:
+    """The loggers of the configuration's mapping.
+
+    Raises:
+        ValueError: a logger whose package is not installed.
+    """
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # a new MLflow database announces every table
     loggers = []
-    experiment = "lightning-vlm"
     for name, given in (config.tree.get("logger") or {}).items():
         if given is None:
             continue
-        defaults: dict[str, Any] = {}
-        if name == "MLFlow":
-            uri = os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
-            defaults = {"experiment_name": experiment, "tracking_uri": uri, "run_name": run_dir.name}
-            if resuming and (run_dir / "mlflow_run_id").is_file():
-                defaults["run_id"] = (run_dir / "mlflow_run_id").read_text().strip()
-            logging.getLogger("alembic").setLevel(logging.WARNING)  # a new database announces every table
-        elif name in ("TensorBoard", "CSV"):
-            defaults = {"save_dir": str(run_dir), "name": "", "version": name.lower()}
-        elif name == "WandB":
-            defaults = {"save_dir": str(run_dir), "name": run_dir.name, "project": experiment}
-        cls = schema.resolve_class(LOGGERS.get(name, name), "lightning.pytorch.loggers", Logger, f"logger.{name}")
         try:
-            loggers.append(instantiate(cls, {**defaults, **given}))
+            loggers.append(instantiate(classes["logger", name], {**defaults.get(("logger", name), {}), **given}))
         except ModuleNotFoundError as err:
             raise config.error(("logger", name), f"its package is not installed: {err}") from err
     return loggers
@@ -236,7 +248,7 @@ def instantiate(cls: type, kwargs: dict[str, Any]) -> Any:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(cls, "it", fail_untyped=False)
     try:
-        parsed = parser.parse_object({"it": kwargs})
+        parsed = parser.parse_object({"it": copy.deepcopy(kwargs)})  # it writes into what it is given
     except ArgumentError as err:
         raise ValueError(f"{cls.__name__}: {err}") from err
     return parser.instantiate_classes(parsed).it
@@ -280,7 +292,7 @@ def checkpoint_to_load(command: str, run_dir: Path, options: dict[str, Any]) -> 
     named = options.get("resume" if command == "fit" else "ckpt")
     if named is None and command == "fit":
         last = last_checkpoint(run_dir)
-        rank_zero_info(f"resuming from {last}" if last else f"nothing to resume in {run_dir}: starting from step 0")
+        say(f"resuming from {last}" if last else f"nothing to resume in {run_dir}: starting from step 0")
         return last
     if named is None:
         return None
@@ -312,23 +324,27 @@ def write_config(cli: StageCLI, config: Config, path: Path) -> None:
     os.replace(temporary, path)
 
 
+@rank_zero_only
+def say(text: str) -> None:
+    """Print on the first process only."""
+    print(text, flush=True)
+
+
 def _write_results(path: Path, results: list[dict[str, float]]) -> None:
     if rank_zero_only.rank == 0:
         merged = {name: value for result in results for name, value in result.items()}
         path.write_text(json.dumps(merged, indent=2, sort_keys=True) + "\n")
-        rank_zero_info(f"results: {path}")
+        say(f"results: {path}")
 
 
-def _say_what_next(trainer: Trainer, config: Config) -> None:
+def _say_what_next(trainer: Trainer, config_file: Path) -> None:
     saver = next((c for c in trainer.callbacks if isinstance(c, SaveModel)), None)
     if saver is None or saver.saved is None:
         return
     model = shlex.quote(str(saver.saved))
-    rank_zero_info(f"model: {saver.saved}")
-    rank_zero_info(f"  look at it:  lightning-vlm chat {model} --image FILE")
-    if config.files:
-        shown = shlex.quote(os.path.relpath(config.files[-1]))
-        rank_zero_info(f"  evaluate it: lightning-vlm validate -c {shown} --backbone.path {model}")
+    say(f"model: {saver.saved}")
+    say(f"  look at it:  lightning-vlm chat {model} --image FILE")
+    say(f"  evaluate it: lightning-vlm validate -c {shlex.quote(str(config_file))} --backbone.path {model}")
 
 
 def _quiet_advertisements() -> None:

@@ -204,7 +204,7 @@ class Config:
             if isinstance(err, MissingMandatoryValue):
                 text = "must be set"
             elif isinstance(err, InterpolationKeyError):
-                known = [".".join(p) for p in _paths(self.tree)]
+                known = [".".join(p) for p in _paths(self.tree) if not isinstance(self.at(p), dict)]
                 wanted = text.split("'")[1] if "'" in text else text
                 text = f"{self.at(path)!r} refers to '{wanted}', which is not there{nearest_only(wanted, known)}"
             raise self.error(path, text) from err

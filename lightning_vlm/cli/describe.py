@@ -15,7 +15,7 @@ from lightning_vlm.cli.config import Config
 
 GROUPS = {
     "model": ("lightning_vlm.algorithms", LightningModule),
-    "data": ("lightning_vlm.data", LightningDataModule),
+    "data": ("lightning_vlm.data.module", LightningDataModule),
     "callbacks": ("callbacks", Callback),
     "logger": ("lightning.pytorch.loggers", Logger),
 }
@@ -38,7 +38,7 @@ def describe(group: str, name: str, config: Config) -> str:
     package, base = GROUPS[group]
     wanted = name or config.at((group, "class_path"))
     if not wanted:
-        names = list(LOGGERS) if group == "logger" else schema.public_classes(importlib.import_module(package))
+        names = list(LOGGERS) if group == "logger" else schema.public_classes(importlib.import_module(package), base)
         return f"{group}: " + ", ".join(names) + f"\narguments of one: --{group}.help NAME"
     wanted = LOGGERS.get(wanted, wanted) if group == "logger" else wanted
     return _arguments(schema.resolve_class(wanted, package, base, f"--{group}.help"))

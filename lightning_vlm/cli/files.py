@@ -30,8 +30,8 @@ REFUSED_TRAINER_KEYS = {
     "gradient_clip_algorithm": "clipping belongs to the algorithm: set model.init_args.clip_norm",
     "callbacks": "use the top-level `callbacks:` mapping (NAME: {arguments})",
     "logger": "use the top-level `logger:` mapping (NAME: {arguments})",
-    "val_check_interval": "set data.init_args.val_every, or `every` of one benchmark, in optimizer steps",
-    "check_val_every_n_epoch": "set data.init_args.val_every, or `every` of one benchmark, in optimizer steps",
+    "val_check_interval": "set `every`, in optimizer steps, of the callback that evaluates",
+    "check_val_every_n_epoch": "set `every`, in optimizer steps, of the callback that evaluates",
     "default_root_dir": "set the top-level `run_dir`",
     "enable_progress_bar": "remove the bar by `callbacks: {Progress: null}`",
     "enable_checkpointing": "remove checkpoints by `callbacks: {Checkpoint: null}`",
@@ -134,6 +134,7 @@ def load(files: Iterable[str], overrides: Iterable[tuple[str, Any]] = ()) -> Con
         config.override(key, value)
     config.tree.pop("include", None)
     check_top_level(config)
+    config.tree.setdefault("seed_everything", 0)
     config.resolve()
     return config
 

@@ -13,7 +13,6 @@ from typing import Any
 
 from lightning_vlm.cli.config import Config, KeyPath, dotted, nearest
 
-
 _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
@@ -75,10 +74,12 @@ def import_class(path: str, place: str) -> type:
         raise ValueError(f"{place}: '{module}' has no '{name}'{nearest(name, names)}") from err
 
 
-def public_classes(module: Any) -> list[str]:
-    """Names a module exports: `__all__`, else its public classes."""
+def public_classes(module: Any, base: type = object) -> list[str]:
+    """Names a module exports: `__all__`, else its public classes that are a `base`."""
     listed = getattr(module, "__all__", None)
-    return list(listed) if listed else [n for n, v in vars(module).items() if inspect.isclass(v) and n[0] != "_"]
+    if listed:
+        return list(listed)
+    return [n for n, v in vars(module).items() if inspect.isclass(v) and issubclass(v, base) and n[0] != "_"]
 
 
 def resolve_class(name: Any, package: str, base: type, place: str) -> type:
@@ -89,13 +90,13 @@ def resolve_class(name: Any, package: str, base: type, place: str) -> type:
     """
     if not isinstance(name, str):
         raise ValueError(f"{place}: expected a class name, got {name!r}")
-    module = importlib.import_module(package)
     if "." in name:
         cls = import_class(name, place)
-    elif hasattr(module, name):
-        cls = getattr(module, name)
     else:
-        raise ValueError(f"{place}: no class '{name}' in {package}{nearest(name, public_classes(module))}")
+        module = importlib.import_module(package)
+        cls = getattr(module, name, None)
+        if cls is None:
+            raise ValueError(f"{place}: no class '{name}' in {package}{nearest(name, public_classes(module, base))}")
     if not (inspect.isclass(cls) and issubclass(cls, base)):
         raise ValueError(f"{place}: '{name}' is not a {base.__name__}")
     return cls
@@ -124,10 +125,10 @@ def check_value(value: Any, hint: Any, path: KeyPath, config: Config) -> None:
         return
     if origin is typing.Annotated:
         return check_value(value, args[0], path, config)
-    if origin in (typing.Union, types.UnionType):
-        return _check_union(value, args, hint, path, config)
     if isinstance(value, dict) and "class_path" in value:
         return check_class_dict(value, path, config)
+    if origin in (typing.Union, types.UnionType):
+        return _check_union(value, args, hint, path, config)
     if inspect.isclass(hint) and dataclasses.is_dataclass(hint) and isinstance(value, dict):
         return check_arguments(hint, value, path, config)
     if not _fits(value, hint, origin, args):

@@ -133,7 +133,7 @@ def main(command: str, argv: list[str]) -> int:
 
         print(yaml.safe_dump(config.tree, sort_keys=False, allow_unicode=True), end="")
         return 0
-    if not config.tree:
+    if not config.files and not call.overrides:
         raise ValueError(f"nothing to {command}: give a configuration, for example -c experiment/world-sft")
     from lightning_vlm.cli.app import run
 

@@ -37,7 +37,8 @@ class StepSampler:
     """Batches of sample indices, one per optimizer step, for one rank.
 
     Every epoch is a permutation keyed by (seed, epoch), cut into steps of `batch_size` samples; the last step of an
-    epoch may be short. Rank r takes elements r, r + world, … of each step.
+    epoch may be short. Rank r takes elements r, r + world, … of each step. Indices count on over epochs (epoch · size +
+    position), so that a mixture goes on where the last epoch stopped.
 
     Args:
         size: number of samples. batch_size: samples per optimizer step over all ranks. seed: of the permutations.
@@ -77,10 +78,11 @@ class StepSampler:
         return order[step * self.batch_size : (step + 1) * self.batch_size]
 
     def _order(self, epoch: int) -> list[int]:
+        first = epoch * self.size
         if not self.shuffle:
-            return list(range(self.size))
+            return list(range(first, first + self.size))
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
-        return torch.randperm(self.size, generator=generator).tolist()
+        return (first + torch.randperm(self.size, generator=generator)).tolist()
 
     def __iter__(self) -> Iterator[list[int]]:
         order = self._order(self.epoch)
@@ -103,8 +105,8 @@ class EncodedDataset(Dataset):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Sample, list[Row]] | BadSample:
-        sample = self.samples[index]
         try:
+            sample = self.samples[index]
             rows = self.encode(sample)
         except BadSample as bad:
             return bad

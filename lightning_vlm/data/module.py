@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from math import gcd
 from typing import Any, Literal, Protocol
 
@@ -92,7 +93,7 @@ class VLMData(L.LightningDataModule):
         if stage == "fit" and self.train_samples is None:
             if not self.train_specs:
                 raise ValueError("nothing to train on: give data.train at least one named source")
-            sources = [open_source(spec, for_training=True) for spec in self.train_specs.values()]
+            sources = open_named(self.train_specs, for_training=True)
             weights = [spec.weight for spec in self.train_specs.values()]
             self.train_samples = Mixture(sources, weights, seed=self.seed)
 
@@ -150,7 +151,7 @@ class VLMData(L.LightningDataModule):
         """Prompts of `data.predict` in order."""
         if not self.predict_specs:
             raise ValueError("nothing to predict on: give data.predict at least one named source")
-        samples = Mixture([open_source(s, for_training=False) for s in self.predict_specs.values()], None)
+        samples = Mixture(open_named(self.predict_specs, for_training=False), None)
         return self._prompt_loader(samples, "prompt")
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
@@ -189,6 +190,11 @@ class VLMData(L.LightningDataModule):
     @property
     def _world(self) -> int:
         return self.trainer.world_size
+
+
+def open_named(specs: dict[str, SourceSpec], *, for_training: bool) -> list[Sequence[Sample]]:
+    """Open named sources; a source without a label of its own takes its name, so that ids do not collide."""
+    return [open_source(replace(s, label=s.label or name), for_training=for_training) for name, s in specs.items()]
 
 
 class _One:

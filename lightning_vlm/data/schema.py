@@ -15,7 +15,7 @@ class BadSample(ValueError):
     Attributes:
         id: the sample's id.
         reason: short machine-readable kind (`missing_image`, `broken_image`, `placeholder_mismatch`, `truncated_image`,
-            `video`, `empty_answer`, `too_long`, `missing_column`), by which skipped samples are counted.
+            `video`, `empty_answer`, `too_long`, `missing_column`, `malformed`, …), by which skipped samples are counted.
     """
 
     def __init__(self, id: str, reason: str, detail: str) -> None:

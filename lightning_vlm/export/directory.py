@@ -1,4 +1,4 @@
-"""Writes a model directory in Hugging Face format: weights, configuration, processor, generation settings, provenance."""
+"""Writes a model directory in Hugging Face format: weights, configuration, processor, provenance."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers.utils import logging
 
 from lightning_vlm.export.provenance import PROVENANCE_FILE, weights_hash
 
@@ -98,7 +101,8 @@ def save_model_directory(
     temporary = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        _shell(model, state).save_pretrained(temporary, state_dict=state)
+        with _no_progress_bar():
+            _shell(model, state).save_pretrained(temporary, state_dict=state)
         _write_generation_config(model, processor, temporary)
         processor.save(temporary)
         facts = {**provenance, "hash": weights_hash(temporary)}
@@ -125,7 +129,8 @@ def replace_directory(source: Path, target: Path) -> None:
 
 def _shell(model: PreTrainedModel, state: dict[str, Tensor]) -> PreTrainedModel:
     """A model of the same configuration without weights, adapters or sharding, for transformers to save `state` by."""
-    config = copy.deepcopy(model.config)
+    # By way of what is written: run-time choices, such as the attention backend, stay out.
+    config = type(model.config).from_dict(model.config.to_dict())
     dtype = next(t.dtype for t in state.values() if t.is_floating_point())
     with torch.device("meta"):
         shell = AutoModelForImageTextToText.from_config(config, dtype=dtype)
@@ -134,6 +139,18 @@ def _shell(model: PreTrainedModel, state: dict[str, Tensor]) -> PreTrainedModel:
         odd = sorted(names ^ set(state))
         raise AssertionError(f"weights and configuration disagree: {odd[:5]}")
     return shell
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """transformers draws a bar over the files it writes, also where it is not a terminal."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _write_generation_config(model: PreTrainedModel, processor: Any, directory: Path) -> None:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = 128 * 2**20  # of one [C, V] buffer: large enough for full GEMM speed, small beside any model
+CHUNK_BYTES = 64 * 2**20  # of one [C, V] buffer: large enough for full GEMM speed, small beside any model
 
 
 class TokenScores(NamedTuple):

@@ -34,6 +34,7 @@ class MathWorker:
             raise ValueError(f"seconds must be positive, got {seconds}")
         self.seconds = seconds
         self._process: subprocess.Popen | None = None
+        self._owner = os.getpid()
 
     def equal(self, prediction: str, gold: str) -> bool:
         """`math_equal(prediction, gold)`.
@@ -43,6 +44,8 @@ class MathWorker:
             ValueError: what `math_equal` raises (a gold answer that cannot be parsed).
             RuntimeError: the worker died.
         """
+        if self._owner != os.getpid():  # a forked copy must not talk into its parent's pipe
+            self._process, self._owner = None, os.getpid()
         if self._process is None or self._process.poll() is not None:
             self._start()
         self._process.stdin.write(json.dumps([prediction, gold]).encode() + b"\n")
@@ -87,10 +90,10 @@ class MathWorker:
         return json.loads(line)
 
     def __getstate__(self) -> dict:
-        return {"seconds": self.seconds, "_process": None}
+        return {"seconds": self.seconds, "_process": None, "_owner": 0}
 
     def __del__(self) -> None:
-        if getattr(self, "_process", None) is not None:
+        if getattr(self, "_process", None) is not None and self._owner == os.getpid():
             self.close()
 
 

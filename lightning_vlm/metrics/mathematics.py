@@ -29,8 +29,8 @@ _NUMERIC_COMMANDS = re.compile(r"\\(?:frac|dfrac|tfrac|sqrt|pi|cdot|times|div|pm
 def normalise_math(text: str) -> str:
     r"""A bare LaTeX or plain answer without what does not change its value.
 
-    Dropped: `$`, `\(`, degree signs in every spelling, spacing commands, a closing full stop, and a length or area unit at
-    the end of an otherwise numeric answer (`8\text{ cm}^2`, `12 square units`). `√` and `π` become LaTeX.
+    Dropped: `$`, `\(`, degree signs in every spelling, spacing commands, a closing full stop, and a length or area
+    unit at the end of an otherwise numeric answer (`8\text{ cm}^2`, `12 square units`). `√` and `π` become LaTeX.
     """
     text = text.strip().strip("$").strip()
     text = re.sub(r"^\\[(\[]|\\[)\]]$", "", text).strip()
@@ -50,7 +50,8 @@ def normalise_math(text: str) -> str:
 def math_equal(prediction: str, gold: str) -> bool:
     r"""Whether two answers are mathematically equal.
 
-    Values are compared to 6 decimals: `8 \sqrt { 2 }` equals `\sqrt{128}`, but `24 \pi` is not `75.4` and `8.33` is not `8.3`.
+    Values are compared to 6 decimals: `8 \sqrt { 2 }` equals `\sqrt{128}`, but `24 \pi` is not `75.4` and `8.33` is
+    not `8.3`.
 
     Args:
         prediction: the extracted answer, without its `\boxed{}`.

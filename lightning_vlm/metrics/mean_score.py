@@ -13,8 +13,9 @@ from torchmetrics.utilities import dim_zero_cat
 class MeanScore(Metric):
     """Mean score over distinct samples.
 
-    Distributed samplers repeat samples so that all ranks have equally many; a plain mean of sums counts those twice. Here
-    every score carries its sample's id, and after the gather each id counts once. `compute` is NaN when nothing was scored.
+    Distributed samplers repeat samples so that all ranks have equally many; a plain mean of sums counts those twice.
+    Here every score carries its sample's id, and after the gather each id counts once. `compute` is NaN when nothing
+    was scored.
 
     Example:
         >>> mean = MeanScore()

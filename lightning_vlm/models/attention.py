@@ -1,4 +1,4 @@
-"""The one attention function: every attention layer of every model calls `attend`, which hands on to the chosen backend.
+"""The one attention function: each attention layer of each model calls `attend`, which hands on to the chosen backend.
 
 Whatever changes how rows attend (packed rows, a prefix shared by several rows) has this one place to go. transformers
 finds the function by name in the attention config; the names never reach a saved config.json.

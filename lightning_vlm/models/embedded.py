@@ -9,8 +9,8 @@ vocabulary of lower-case words, single digits, `\boxed{` and `}`. Names are `ARC
 | `teacher` | width 96, 4 blocks | width 160, 4 blocks, 4 heads, 2 key/value heads | 1.6 M |
 | `tiny` (for tests) | width 32, 2 blocks | width 32, 2 blocks, 2 heads, 1 key/value head | .05 M |
 
-for the architectures `qwen2_5_vl` (patches of 8 pixels, merged 2 × 2) and `llava` (CLIP tower with patches of 16 pixels, two-layer
-projector, Qwen2 language model). All share one vocabulary, so any can teach any other.
+for the architectures `qwen2_5_vl` (8-pixel patches, merged 2 × 2) and `llava` (CLIP tower with 16-pixel patches,
+two-layer projector, Qwen2 language model). All share one vocabulary, so any can teach any other.
 """
 
 from __future__ import annotations
@@ -35,17 +35,16 @@ SPECIAL_TOKENS = (
     PAD, UNKNOWN, TURN_START, TURN_END, VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD, LLAVA_IMAGE,
 )  # fmt: skip
 
-COLOURS = ("red", "green", "blue", "yellow", "purple", "orange")
+COLOURS = ("red", "green", "blue", "yellow", "purple", "cyan")
 SHAPES = ("circle", "square", "triangle", "cross")
 PLURALS = ("circles", "squares", "triangles", "crosses")
 NUMBER_WORDS = ("one", "two", "three", "four")
 WORDS = (
-    *"0123456789", r"\boxed{", "}", ".", ",", "?", ":", "+", "-", "*", "=", "(", ")",
+    *"0123456789", r"\boxed{", "}", ".", ",", "?", ":", "+", "-", "*", "=",
     *COLOURS, *SHAPES, *PLURALS, *NUMBER_WORDS,
     "system", "user", "assistant", "a", "the", "image", "shows", "there", "is", "are", "how", "many", "what", "of",
-    "at", "and", "with", "in", "as", "that", "no", "none", "shape", "shapes", "describe", "above", "below", "left",
-    "right", "top", "bottom", "middle", "bar", "value", "sum", "plus", "minus", "angle", "x", "exterior", "perimeter",
-    "similar", "times", "large", "answer", "same", "yes",
+    "at", "and", "with", "as", "none", "shape", "shapes", "describe", "above", "below", "left", "right", "top",
+    "bottom", "bar", "value", "plus", "minus", "angle", "x", "exterior", "perimeter", "similar", "times", "large",
 )  # fmt: skip
 
 _WORD = r"\\boxed\{|[0-9]|[A-Za-z]+|[^\sA-Za-z0-9]"
@@ -63,7 +62,7 @@ _CHATML = (
 
 @dataclass(frozen=True)
 class _Size:
-    """Widths, depths and heads of one size; `mrope` divides half a head's rotary dimensions over time, height, width."""
+    """Widths, depths, heads; `mrope` divides half a head's rotary dimensions over time, height and width."""
 
     vision_width: int
     vision_depth: int
@@ -263,4 +262,4 @@ def build_model(
     model.generation_config.update(
         eos_token_id=config.get_text_config().eos_token_id, pad_token_id=config.get_text_config().pad_token_id
     )
-    return model
+    return model.eval()

@@ -42,7 +42,10 @@ def _pretrained(backbone: Backbone, dtype: torch.dtype) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(backbone.path, **remote)
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot load a model from {backbone.path!r}: {_first_line(error)}") from error
+        raise ValueError(
+            f"no model {backbone.path!r}: it is no directory here and no hub id that can be loaded "
+            f"({_first_line(error)}); check backbone.path, or download the model first"
+        ) from error
     family_of(config)
     try:
         model, report = AutoModelForImageTextToText.from_pretrained(

@@ -109,7 +109,7 @@ class Policy(nn.Module):
     def head_weight(self) -> Tensor:
         """[V, D] weight of the output projection, a LoRA adapter on it included. Read it inside `forward` only."""
         head = self.head
-        if not hasattr(head, "lora_A"):
+        if not hasattr(head, "lora_A") or head.disable_adapters:
             return head.weight
         weight = head.base_layer.weight
         for name in head.active_adapters:
@@ -198,7 +198,8 @@ def _image_seam(inner: PreTrainedModel, batch: ModelBatch) -> Iterator[None]:
             raise ValueError(f"images fill {sum(batch.image_tokens)} placeholders, the model gave {len(flat)} features")
         images = flat.split(batch.image_tokens)
         chosen = [images[i] for i in order]
-        return torch.cat(chosen) if single else chosen
+        # One tensor may hold [tiles, tokens of a tile, D]: the family's scatter counts on its shape.
+        return torch.cat(chosen).unflatten(0, (-1, *features.shape[1:-1])) if single else chosen
 
     @wraps(original)
     def seam(*args: Any, **kwargs: Any) -> Any:

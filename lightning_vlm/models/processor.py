@@ -7,6 +7,7 @@ image at a time, so that an image's tensors and placeholder tokens do not depend
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 import json
 import re
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import transformers
 from PIL import Image
-from transformers import AutoImageProcessor, AutoTokenizer, ProcessorMixin
+from transformers import AutoTokenizer, ProcessorMixin
 
 from lightning_vlm.models.batch import ImageInput
 
@@ -43,6 +44,7 @@ _REQUIRED = {
     "LlavaProcessor": ("patch_size", "vision_feature_select_strategy"),
     "LlavaOnevisionProcessor": ("num_image_tokens", "vision_feature_select_strategy"),
 }
+_PARTS = ("video_processor", "chat_template")  # arguments of a processor class that are no settings
 _PLACEHOLDER = re.compile(r"image|img|video|vision|<row_\d+_col_\d+>", re.IGNORECASE)
 
 
@@ -56,8 +58,8 @@ class Processor:
         image_token: what the chat template writes for one image.
         image_token_id: the placeholder id that image features replace.
         eos_ids: ids that end a generated text.
-        end_of_turn: text and id of the token that ends an assistant's turn: the one the template writes after it, or else
-            the tokenizer's EOS.
+        end_of_turn: text and id of the token that ends an assistant's turn: the one the template writes after it, or
+            else the tokenizer's EOS.
         pad_id: id to pad with.
         banned_ids: ids that only ever stand around or for images and videos, which sampling must never emit.
         control_tokens: texts that a message must not contain: placeholders, ends and starts of turns.
@@ -82,23 +84,20 @@ class Processor:
         self.chat_template = hf.chat_template
         self.image_token: str = hf.image_token
         self.image_token_id: int = self.tokenizer.convert_tokens_to_ids(self.image_token)
-        known = {token.content: id for id, token in self.tokenizer.added_tokens_decoder.items()}
+        added = self.tokenizer.added_tokens_decoder
+        known = {token.content: id for id, token in added.items()}
         if known.get(self.image_token) != self.image_token_id:
             raise ValueError(
-                f"the tokenizer has no special token {self.image_token!r}, which {type(hf).__name__} puts for an image: "
-                "use the tokenizer that belongs to the model"
+                f"the tokenizer has no special token {self.image_token!r}, which {type(hf).__name__} puts for an "
+                "image: use the tokenizer that belongs to the model"
             )
-        special = {
-            token.content: id
-            for id, token in self.tokenizer.added_tokens_decoder.items()
-            if token.special or token.content in self.tokenizer.all_special_tokens
-        }
-        self.banned_ids: set[int] = {id for token, id in known.items() if _PLACEHOLDER.search(token)}
+        named = set(self.tokenizer.all_special_tokens)
+        special = {token.content: id for id, token in added.items() if token.special or token.content in named}
+        self.banned_ids: set[int] = {id for token, id in special.items() if _PLACEHOLDER.search(token)}
         self.banned_ids |= {self.image_token_id}
 
         mark = "the assistant's text"
-        image = [{"type": "image"}, {"type": "text", "text": "."}]
-        user = {"role": "user", "content": image}
+        user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "."}]}
         probe = self.render([user, {"role": "assistant", "content": [{"type": "text", "text": mark}]}])
         if probe.count(mark) != 1 or probe.count(self.image_token) != 1:
             raise ValueError(
@@ -121,10 +120,10 @@ class Processor:
             sorted(token for token, id in known.items() if id in control or (token in special and token in probe))
         )
 
-    @property
+    @functools.cached_property
     def vocab_size(self) -> int:
-        """Number of tokens the tokenizer knows; the model's embedding has at least as many rows."""
-        return len(self.tokenizer)
+        """One more than the tokenizer's largest id; the model's embedding has at least as many rows."""
+        return max(self.tokenizer.get_vocab().values()) + 1
 
     def render(self, messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
         """The conversation as the chat template writes it, one `image_token` per image part.
@@ -179,9 +178,12 @@ class Processor:
                 values["image_processor"] = self.hf.image_processor.to_dict()
                 nested.write_text(json.dumps(values, indent=2) + "\n")
 
-    @functools.cache  # noqa: B019 (processors are few and live as long as the process)
     def fingerprint(self) -> str:
         """Hash of everything that decides ids and tensors: vocabulary, template, image settings."""
+        return self._fingerprint
+
+    @functools.cached_property
+    def _fingerprint(self) -> str:
         tokenizer = self.tokenizer
         text = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab())
         settings = {name: value for name, value in vars(self.hf).items() if isinstance(value, str | int | float)}
@@ -248,23 +250,14 @@ def load_processor(backbone: Backbone) -> Processor:
         ValueError: a missing directory or file, no chat template, settings the image processor does not have.
     """
     if backbone.embedded is not None:
-        from lightning_vlm.models.embedded import build_processor_parts
-
-        hf, source = build_processor(**build_processor_parts(backbone.embedded)), None
-        if _pixel_bounds(backbone):
-            raise ValueError(f"{backbone.path} has one image size: leave out backbone.min_pixels and max_pixels")
-        hf.chat_template = _override(backbone) or hf.chat_template
-        return Processor(hf, backbone=backbone)
-
+        return _embedded(backbone)
     source = _directory(backbone.path)
     settings = _json(source / "processor_config.json")
     name = _class_name(source, settings)
     if not any((source / file).is_file() for file in _VOCABULARIES):
-        raise ValueError(
-            f"{source} has no tokenizer ({', '.join(_VOCABULARIES)}): copy it from the model it belongs to"
-        )
+        raise ValueError(f"{source} has no tokenizer ({', '.join(_VOCABULARIES)}): copy the model's own")
     if "image_processor" not in settings and not (source / "preprocessor_config.json").is_file():
-        raise ValueError(f"{source} has no preprocessor_config.json: copy it from the model it belongs to")
+        raise ValueError(f"{source} has no preprocessor_config.json: copy the model's own")
     for key in _REQUIRED.get(name, ()):
         if settings.get(key) is None:
             raise ValueError(
@@ -272,25 +265,41 @@ def load_processor(backbone: Backbone) -> Processor:
                 "add it, with the value that the model's config.json implies"
             )
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=backbone.trust_remote_code)
-    image_processor = AutoImageProcessor.from_pretrained(
-        source, backend="pil", trust_remote_code=backbone.trust_remote_code, **_pixel_bounds(backbone)
-    )
-    if (bounds := _pixel_bounds(backbone)) and "max_pixels" not in image_processor.valid_kwargs.__annotations__:
-        raise ValueError(
-            f"{type(image_processor).__name__} has no {' or '.join(bounds)}: leave backbone.{next(iter(bounds))} out"
-        )
+    image_processor = _image_processor(source, settings, _pixel_bounds(backbone))
     template = _override(backbone) or _template(source, settings, tokenizer)
-    parts = images_only(name).get_attributes()
-    accepted = inspect.signature(images_only(name).__init__).parameters
-    extra = {
-        key: value
-        for key, value in settings.items()
-        if key in accepted and key not in (*parts, "video_processor", "chat_template")
-    }
+    cls = images_only(name)
+    own = inspect.signature(cls.__init__).parameters.keys() - {*cls.get_attributes(), *_PARTS}
+    extra = {key: value for key, value in settings.items() if key in own}
     hf = build_processor(name, tokenizer=tokenizer, image_processor=image_processor, chat_template=template, **extra)
     eos = _json(source / "generation_config.json").get("eos_token_id")
     eos_ids = set(eos if isinstance(eos, list) else [] if eos is None else [eos])
     return Processor(hf, eos_ids=eos_ids, backbone=backbone, source=source)
+
+
+def _embedded(backbone: Backbone) -> Processor:
+    """The processor of an embedded model, which has no files."""
+    from lightning_vlm.models.embedded import build_config, build_processor_parts
+
+    if bounds := _pixel_bounds(backbone):
+        raise ValueError(f"{backbone.path} has one image size: leave backbone.{' and '.join(bounds)} out")
+    tokenizer, image_processor, template = build_processor_parts(backbone.embedded)
+    config = build_config(backbone.embedded)
+    name, settings = "Qwen2_5_VLProcessor", {}
+    if config.model_type == "llava":
+        name = "LlavaProcessor"
+        settings = {
+            "patch_size": config.vision_config.patch_size,
+            "vision_feature_select_strategy": config.vision_feature_select_strategy,
+            "num_additional_image_tokens": 1,  # the tower's class token
+        }
+    hf = build_processor(
+        name,
+        tokenizer=tokenizer,
+        image_processor=image_processor,
+        chat_template=_override(backbone) or template,
+        **settings,
+    )
+    return Processor(hf, backbone=backbone)
 
 
 def _directory(path: str) -> Path:
@@ -332,9 +341,29 @@ def _class_name(source: Path, settings: dict[str, Any]) -> str:
     if kind in PROCESSOR_MAPPING_NAMES:
         return PROCESSOR_MAPPING_NAMES[kind]
     raise ValueError(
-        f"{source} names no processor: neither processor_class in processor_config.json or preprocessor_config.json, nor "
-        f"a known model_type in config.json ({kind!r})"
+        f"{source} names no processor: neither processor_class in processor_config.json or preprocessor_config.json, "
+        f"nor a known model_type in config.json ({kind!r})"
     )
+
+
+def _image_processor(source: Path, settings: dict[str, Any], bounds: dict[str, int]) -> Any:
+    """The directory's image processor, the variant that needs Pillow and numpy alone.
+
+    It is looked up by name and in its own module: some of the supported releases ask for torchvision in the Auto class
+    and put a stand-in for this class, although it does without.
+    """
+    values = _json(source / "preprocessor_config.json") or settings["image_processor"]
+    kind = values.get("image_processor_type") or values.get("feature_extractor_type") or ""
+    kind = kind.replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast").removesuffix("Pil")
+    cls = getattr(transformers, f"{kind}Pil", None) or getattr(transformers, kind or "-", None)
+    if cls is None:
+        raise ValueError(
+            f"{source}/preprocessor_config.json: no image processor {kind!r} in transformers {transformers.__version__}"
+        )
+    cls = getattr(importlib.import_module(cls.__module__), cls.__name__)
+    if bounds and "max_pixels" not in cls.valid_kwargs.__annotations__:
+        raise ValueError(f"{kind} has no {' or '.join(bounds)}: leave backbone.{' and '.join(bounds)} out")
+    return cls.from_pretrained(source, **bounds)
 
 
 def _pixel_bounds(backbone: Any) -> dict[str, int]:

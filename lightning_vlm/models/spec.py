@@ -18,7 +18,7 @@ class Backbone:
     Attributes:
         path: Hugging Face hub id, local directory, or `embedded:NAME` (for example `embedded:qwen2_5_vl-student`).
         dtype: dtype of the weights in memory.
-        attention: attention backend; `flash_attention_2` needs the `gpu` extra and bfloat16 weights.
+        attention: attention backend; `flash_attention_2` needs the `gpu` extra and computes in half precision.
         seed: seed of the random weights of an embedded model; without effect on models that are loaded.
         trust_remote_code: run code that comes with the model's files.
         max_pixels: upper bound on an image's pixels where the image processor has one; None keeps the model's own.

@@ -30,7 +30,8 @@ class Completion:
         text: the ids decoded, without special tokens.
         finished: whether it ended by an end-of-turn token; False when it was cut at `max_new_tokens`.
         logprobs: per id, nats, full softmax at the sampling temperature (1 for greedy): what a trainer recomputes.
-        sampling_logprobs: per id, nats, after banned ids and top-k/top-p/min-p were removed: what importance correction uses.
+        sampling_logprobs: per id, nats, after banned ids and top-k/top-p/min-p were removed: what importance
+            correction uses.
     """
 
     ids: list[int]
@@ -56,8 +57,9 @@ class Engine(Protocol):
     ) -> list[list[Completion]]:
         """Samples completions.
 
-        Every draw is a function of (seed, step, row id, index of the draw) and the model's distribution alone: batch size,
-        the order of the prompts, rank, worker and the global random state do not enter. Rows of equal id draw alike.
+        Every draw is a function of (seed, step, row id, index of the draw) and the model's distribution alone: batch
+        size, the order of the prompts, rank, worker and the global random state do not enter. Rows of equal id draw
+        alike.
 
         Args:
             prompts: rows that end where the answer begins (`Encoder.encode_prompt`).
@@ -78,7 +80,8 @@ class HFEngine:
         policy: the policy; its Hugging Face model generates, with images encoded once per distinct image.
         processor: gives the end-of-turn, padding and banned ids, and decodes.
         batch_size: sequences (prompts × n) generated together. Changes speed and memory, not what is drawn.
-        context: called with the policy around all of a `generate`, for strategies that have to gather sharded weights first.
+        context: called with the policy around all of a `generate`, for strategies that have to gather sharded weights
+            first.
         progress: show a progress bar when a rollout takes longer than a few seconds (main process, terminal only).
 
     Raises:
@@ -176,8 +179,9 @@ class HFEngine:
 def _generating(policy: nn.Module) -> Iterator[None]:
     """Evaluation mode and neutral generation settings for the policy's model; everything is put back afterwards.
 
-    `generate` fills what its config leaves open from the model directory's own generation settings (a repetition penalty in
-    Qwen2.5-VL's), which would silently change the distribution. Gradient checkpointing rests in evaluation mode.
+    `generate` fills what its config leaves open from the model directory's own generation settings (a repetition
+    penalty in Qwen2.5-VL's), which would silently change the distribution. Gradient checkpointing rests in evaluation
+    mode.
     """
     modes = {module: module.training for module in policy.modules()}
     own_config = policy.model.generation_config

@@ -102,7 +102,8 @@ class KeyedSampler(LogitsProcessor):
     """Bans, filters and draws; Hugging Face's argmax over what it returns takes the drawn token.
 
     By the Gumbel-max trick, argmax(log p + noise) is a draw from p. The log-probs of every drawn token are kept as they
-    arise: `logprobs` under the full softmax at the sampling temperature (1 for greedy), `sampling_logprobs` under what is
+    arise: `logprobs` under the full softmax at the sampling temperature (1 for greedy), `sampling_logprobs` under what
+        is
     left after bans and filters. Their difference is the log of the mass that was kept.
 
     Args:

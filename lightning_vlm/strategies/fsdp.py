@@ -32,6 +32,11 @@ class FSDP2(ModelParallelStrategy):
         )
         self.mixed_precision = mixed_precision
 
+    def setup_environment(self) -> None:
+        """All processes shard the data; Lightning's `auto` would make them tensor-parallel."""
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
 
 def shard_policy(policy: Policy, mesh: DeviceMesh, mixed_precision: Literal["none", "bf16"] = "none") -> None:
     """Shard every repeated block, then what is left (embeddings, head, projector) as the root, in place.

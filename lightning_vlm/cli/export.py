@@ -1,0 +1,31 @@
+"""`lightning-vlm export CKPT --out DIR`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def main(command: str, argv: list[str]) -> int:
+    """Turn a checkpoint into a Hugging Face model directory."""
+    parser = argparse.ArgumentParser(
+        prog=f"lightning-vlm {command}", description="Checkpoint to Hugging Face model directory (LoRA merged)."
+    )
+    parser.add_argument("checkpoint", help="run_dir/checkpoints/NAME.ckpt, a file or a distributed checkpoint's folder")
+    parser.add_argument("--out", required=True, help="directory to make; must not be there")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default: as trained)"
+    )
+    args = parser.parse_args(argv)
+    if not Path(args.checkpoint).exists():
+        raise FileNotFoundError(f"no checkpoint '{args.checkpoint}'")
+    if Path(args.out).exists():
+        raise ValueError(f"--out {args.out} is there already: choose another directory, or remove it")
+
+    import torch
+
+    from lightning_vlm.export import export_checkpoint
+
+    dtype = None if args.dtype is None else getattr(torch, args.dtype)
+    print(f"model: {export_checkpoint(args.checkpoint, args.out, dtype=dtype)}")
+    return 0

@@ -1,0 +1,139 @@
+"""The embedded world as a source of samples: endless, deterministic, with exact gold."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from random import Random
+
+from lightning_vlm.data.schema import Sample, image, message, text
+from lightning_vlm.data.world.captions import minimal_edit
+from lightning_vlm.data.world.families import FAMILIES, Question
+from lightning_vlm.data.world.scene import Scene, masks, patch_labels, picture
+
+SPLITS: dict[str, tuple[str, ...]] = {
+    "train": tuple(FAMILIES),
+    "val": tuple(FAMILIES),
+    "test": tuple(FAMILIES),
+    "ood_pairs": ("caption", "count"),
+    "ood_numbers": ("angle", "perimeter"),
+    "ood_two_attributes": ("count",),
+}
+"""Split → the families it has. The `ood_` splits show what the others never do."""
+
+
+class WorldSource(Sequence[Sample]):
+    r"""Samples of the embedded world; sample k is a pure function of (seed, split, k) and the settings.
+
+    Image k // `questions_per_image` belongs to family number (image modulo number of families), so that every batch
+    read in order is balanced and the questions about one image stand side by side. Answers are in `\boxed{}`, at the
+    end of a chain that says what was read off the picture and calculates, or alone (`direct`). The prompt does not say
+    which is wanted: the model itself chooses, and reinforcement learning may teach it when reasoning pays.
+
+    `Sample.answer` is the gold answer (None for captions). `Sample.info` has `family`, `split`, `question` (kind within
+    the family), `kind` (`chain`, `direct` or `caption`), `image` (number of the image), `patch_labels` ([16, 5] uint8,
+    see `scene.patch_labels`), `masks` (callable → class names, [objects, 64, 64] bool), for captions `references` (the
+    five true captions; a caption is exactly right if it is one of them), and with `pairs` `edit`, what was made wrong.
+
+    Args:
+        split: one of `SPLITS`; no two splits share a random stream.
+        size: number of samples.
+        seed: seed of everything drawn.
+        families: families to draw from; None takes all that the split has.
+        direct_fraction: share of questions answered directly; 0 gives chains only.
+        chains_first: the first so many samples are chains whatever `direct_fraction` says (a curriculum, where the
+            source is read in order).
+        questions_per_image: 1 or 2 samples in a row about each image.
+        pairs: fill `Sample.rejected`: a caption with one word made false, or the answer derived from a misreading.
+
+    Raises:
+        ValueError: an unknown split or family, a family the split lacks, or a number out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        split: str = "train",
+        size: int = 10_000,
+        seed: int = 0,
+        families: Sequence[str] | None = None,
+        direct_fraction: float = 0.3,
+        chains_first: int = 0,
+        questions_per_image: int = 2,
+        pairs: bool = False,
+    ) -> None:
+        if split not in SPLITS:
+            raise ValueError(f"the world has no split {split!r}; choose one of {', '.join(SPLITS)}")
+        self.families = SPLITS[split] if families is None else tuple(families)
+        for family in self.families:
+            if family not in SPLITS[split]:
+                raise ValueError(f"split {split!r} has no family {family!r}; choose among {', '.join(SPLITS[split])}")
+        if not self.families:
+            raise ValueError("the world needs at least one family; leave `families` out for all of them")
+        if size < 1:
+            raise ValueError(f"size is {size}; it must be at least 1")
+        if not 0 <= direct_fraction <= 1:
+            raise ValueError(f"direct_fraction is {direct_fraction}; it must lie between 0 and 1")
+        if chains_first < 0:
+            raise ValueError(f"chains_first is {chains_first}; it must be at least 0")
+        if questions_per_image not in (1, 2):
+            raise ValueError(f"questions_per_image is {questions_per_image}; choose 1 or 2")
+        self.split, self.size, self.seed = split, size, seed
+        self.direct_fraction, self.chains_first = direct_fraction, chains_first
+        self.questions_per_image, self.pairs = questions_per_image, pairs
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> Sample:
+        index = range(self.size)[index]  # negative indices, IndexError
+        number, which = divmod(index, self.questions_per_image)
+        family = self.families[number % len(self.families)]
+        key = f"world/{self.split}/{self.seed}/{number}"
+        scene, questions = FAMILIES[family](Random(f"{key}/{family}"), self.split, self.questions_per_image)
+        # The style of an answer has its own stream, so that settings about it leave the pictures as they are.
+        return self._sample(index, number, family, scene, questions[which], Random(f"{key}/{which}/style"))
+
+    def _sample(self, index: int, number: int, family: str, scene: Scene, question: Question, style: Random) -> Sample:
+        info = {
+            "family": family,
+            "split": self.split,
+            "question": question.kind,
+            "image": number,
+            "patch_labels": patch_labels(scene),
+            "masks": partial(masks, scene),
+        }
+        direct = style.random() < self.direct_fraction and index >= self.chains_first
+        rejected = gold = None
+        if family == "caption":
+            info.update(kind="caption", references=list(question.values))
+            target = question.values[0]
+            if self.pairs:
+                rejected, info["edit"] = minimal_edit(target, scene.figures, style)
+        else:
+            info["kind"] = "direct" if direct else "chain"
+            steps, answer = question.solve(question.values)
+            gold, target = str(answer), _answer(steps, answer, direct)
+            if self.pairs:
+                rejected, info["edit"] = _wrong_answer(question, answer, direct, style), "misreading"
+        return Sample(
+            id=f"world-{self.split}-{self.seed}-{index}",
+            messages=[message("user", image(), text(question.text)), message("assistant", text(target))],
+            images=[partial(picture, scene)],
+            rejected=rejected,
+            answer=gold,
+            source="world",
+            info=info,
+        )
+
+
+def _answer(steps: str, answer: int, direct: bool) -> str:
+    return rf"\boxed{{{answer}}}" if direct else rf"{steps}. \boxed{{{answer}}}"
+
+
+def _wrong_answer(question: Question, answer: int, direct: bool, rng: Random) -> str:
+    """The right derivation of a misreading that changes the answer."""
+    while True:
+        steps, wrong = question.solve(question.misread(rng, question.values))
+        if wrong != answer:
+            return _answer(steps, wrong, direct)

@@ -1,0 +1,92 @@
+"""Proof that a run trains what it says: frozen weights did not move, trainable parts get gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from .families import Family
+from .parts import inner_model, part_of, part_parameters
+from .policy import Policy
+
+_INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_CHUNK = 1 << 22
+
+
+def snapshot_frozen(model: Policy | PreTrainedModel) -> dict[str, int]:
+    """{name: fingerprint} of the parameters that are frozen now; of this rank's shard where they are sharded."""
+    frozen = {name: param for name, param in inner_model(model).named_parameters() if not param.requires_grad}
+    if not frozen:
+        return {}
+    prints = torch.stack([_fingerprint(param) for param in frozen.values()]).tolist()
+    return dict(zip(frozen, prints, strict=True))
+
+
+def check_frozen(model: Policy | PreTrainedModel, snapshot: Mapping[str, int], family: Family) -> None:
+    """Refuses weights that moved since `snapshot_frozen`, to the bit.
+
+    Raises:
+        ValueError: names the first parameter that moved, and its part.
+    """
+    params = dict(inner_model(model).named_parameters())
+    now = torch.stack([_fingerprint(params[name]) for name in snapshot]).tolist() if snapshot else []
+    moved = [name for name, value in zip(snapshot, now, strict=True) if value != snapshot[name]]
+    if moved:
+        part = part_of(moved[0], family)
+        raise ValueError(
+            f"{len(moved)} frozen parameters moved, first {moved[0]!r} of part {part}: something outside the optimizer "
+            f"writes to it, or parts.{part} was changed after the optimizer was made"
+        )
+
+
+def part_gradient_norms(model: Policy | PreTrainedModel, family: Family) -> dict[str, float]:
+    """{part: 2-norm of its gradient} for parts with trainable parameters; 0 where nothing has a gradient."""
+    norms = {}
+    for part, params in part_parameters(model, family).items():
+        trained = [param for _, param in params if param.requires_grad]
+        if not trained:
+            continue
+        squares = [_norm(param.grad).double().square() for param in trained if param.grad is not None]
+        norms[part] = float(torch.stack(squares).sum().sqrt()) if squares else 0.0
+    return norms
+
+
+def check_gradients(norms: Mapping[str, float]) -> None:
+    """Refuses trainable parts without gradient.
+
+    Args:
+        norms: `part_gradient_norms`, the largest over the steps watched.
+
+    Raises:
+        ValueError: names the part and the setting to change.
+    """
+    for part, norm in norms.items():
+        if not norm > 0:
+            cause = "no batch had an image, or " if part in ("vision", "projector") else ""
+            raise ValueError(
+                f"part {part} is trainable but its gradient norm is {norm}: {cause}the loss does not reach it; "
+                f"set parts.{part}.freeze to true if it is not meant to learn"
+            )
+
+
+def _norm(grad: Tensor) -> Tensor:
+    norm = grad.norm()
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+@torch.no_grad()
+def _fingerprint(param: Tensor) -> Tensor:
+    """0-d int64 over the exact bits and where they stand; any change of one value changes it."""
+    local = param.to_local() if isinstance(param, DTensor) else param
+    bits = local.detach().reshape(-1).view(_INTEGER[local.element_size()])
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    for i, chunk in enumerate(bits.split(_CHUNK)):
+        place = torch.arange(i * _CHUNK, i * _CHUNK + len(chunk), device=bits.device)
+        # A mixing step, so that equal changes in several places do not cancel (products wrap around, exactly).
+        mixed = (chunk.to(torch.int64) + place * 0x9E3779B97F4A7C1) * 0xBF58476D1CE4E5B
+        total += (mixed ^ (mixed >> 29)).sum()
+    return total
