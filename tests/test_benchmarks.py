@@ -68,7 +68,7 @@ def test_exact_and_letter():
 @pytest.mark.parametrize("rule", [score_exact, score_letter, score_freeform])
 def test_a_sample_without_gold_is_an_error_never_a_zero(rule):
     with pytest.raises(ValueError, match="no gold answer"):
-        rule(r"\boxed{5}", asked(None))
+        rule("no box", asked(None))
 
 
 def record(id: str, score: float, sample: int = 0, **more):

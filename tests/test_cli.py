@@ -301,6 +301,43 @@ def test_class_help(base, capfd):
     assert "optimizer steps between checkpoints" in capfd.readouterr().out
 
 
+def test_a_checkpoint_of_another_model(base, capfd):
+    assert main(["fit", *base]) == 0
+    content = torch.load("run/checkpoints/step-00000004.ckpt")
+    content["state_dict"] = {"other.weight": torch.zeros(1)}
+    torch.save(content, "other.ckpt")
+    line = one_error(capfd, ["validate", *base, "--ckpt", "other.ckpt"])
+    assert "other.ckpt does not fit the configured backbone" in line and "layer.weight" in line
+
+
+FRAGMENTS = sorted(str(p.relative_to(ROOT / "configs").with_suffix("")) for p in (ROOT / "configs").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", [n for n in FRAGMENTS if not n.startswith("experiment/")])
+def test_every_fragment_is_read_and_fits(name, monkeypatch):
+    """Each fragment over the world's experiment: all names and types exist."""
+    monkeypatch.chdir(ROOT)
+    checked(["experiment/world-sft", "data/geometry3k", "data/world", name])
+
+
+@pytest.mark.parametrize("name", [n for n in FRAGMENTS if n.startswith("experiment/")])
+def test_every_experiment_is_complete_and_says_what_it_is(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    checked([name])
+    head = (ROOT / "configs" / f"{name}.yaml").read_text().split("\ninclude:")[0]
+    assert f"lightning-vlm fit -c {name}" in head and "Hardware" in head
+
+
+def checked(names: list[str]) -> None:
+    from lightning_vlm.cli import app
+    from lightning_vlm.cli.files import load
+
+    config = load(names)
+    classes = app.resolve_classes(config)
+    defaults = app.run_defaults(Path("run"), Path("run/config.yaml"), resuming=False)
+    app.check(config, app.linked(config, classes), classes, defaults)
+
+
 def test_outside_processes_need_a_run_dir(base, capfd, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)

@@ -1,5 +1,7 @@
 """Which samples a step takes, and how items are cut into micro-batches."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -15,34 +17,32 @@ def row(id, length, image=None):
     return Row(id, ids, torch.ones(length, dtype=torch.bool), images=images)
 
 
+def first(sampler, count):
+    return list(itertools.islice(sampler, count))
+
+
 def test_an_epoch_visits_every_sample_once_and_epochs_differ():
-    sampler = StepSampler(10, 4, seed=3)
-    epochs = []
-    for epoch in (0, 1):
-        sampler.set_epoch(epoch)
-        steps = list(sampler)
-        assert [len(s) for s in steps] == [4, 4, 2] and len(sampler) == 3
-        epochs.append([i for s in steps for i in s])
-    assert sorted(epochs[0]) == list(range(10)) and sorted(epochs[1]) == list(range(10, 20))
-    assert epochs[0] != [i - 10 for i in epochs[1]]
+    batches = first(StepSampler(10, 4, seed=3), 6)
+    assert [len(b) for b in batches] == [4, 4, 2] * 2
+    epochs = [[i for b in batches[:3] for i in b], [i - 10 for b in batches[3:] for i in b]]
+    assert sorted(epochs[0]) == list(range(10)) == sorted(epochs[1]) and epochs[0] != epochs[1]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
-def test_a_steps_samples_do_not_depend_on_the_number_of_ranks(world):
-    whole = [sorted(s) for s in StepSampler(11, 4, seed=1)]
-    ranks = [list(StepSampler(11, 4, seed=1, rank=r, world=world)) for r in range(world)]
-    joined = [sorted(i for rank in ranks for i in rank[step]) for step in range(3)]
-    assert joined == whole
+def test_a_batchs_samples_do_not_depend_on_the_number_of_ranks(world):
+    whole = [sorted(b) for b in first(StepSampler(11, 4, seed=1), 5)]
+    ranks = [first(StepSampler(11, 4, seed=1, rank=r, world=world), 5) for r in range(world)]
+    assert [sorted(i for rank in ranks for i in rank[k]) for k in range(5)] == whole
 
 
-def test_resuming_skips_steps_that_are_done():
-    full = list(StepSampler(10, 3, seed=2))
-    assert list(StepSampler(10, 3, seed=2, skip=lambda: 2)) == full[2:]
-    assert list(StepSampler(10, 3, seed=2, skip=lambda: 4)) == []
+@pytest.mark.parametrize("done", [0, 2, 4, 5, 9])
+def test_resuming_starts_at_the_batch_that_comes_next(done):
+    """10 samples, 3 a batch: 4 batches an epoch; 4 lies on an epoch's edge."""
+    assert first(StepSampler(10, 3, seed=2, start=lambda: done), 3) == first(StepSampler(10, 3, seed=2), 12)[done:][:3]
 
 
 def test_without_shuffling_the_order_is_the_data_sets():
-    assert list(StepSampler(5, 2, shuffle=False)) == [[0, 1], [2, 3], [4]]
+    assert first(StepSampler(5, 2, shuffle=False), 4) == [[0, 1], [2, 3], [4], [5, 6]]
 
 
 @pytest.mark.parametrize("size, world", [(10, 2), (7, 3), (2, 4)])

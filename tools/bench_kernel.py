@@ -27,7 +27,8 @@ def measure(kind: str, tokens: int, vocabulary: int, hidden: int, threads: int) 
     h = torch.randn(tokens, hidden, requires_grad=True)
     w = torch.randn(vocabulary, hidden).mul_(0.02).requires_grad_()
     y = torch.randint(vocabulary, (tokens,))
-    h.grad, w.grad = torch.zeros_like(h), torch.zeros_like(w)  # gradients exist anyway; their memory is not the kernel's
+    # Gradients exist anyway; their memory is not the kernel's.
+    h.grad, w.grad = torch.zeros_like(h), torch.zeros_like(w)
     token_scores(h[:2].detach(), w.detach()[:100], y[:2] % 100)  # libraries loaded before the base is read
     base = peak_bytes()
     start = time.perf_counter()
@@ -70,7 +71,8 @@ def main() -> None:
             command = [sys.executable, "-m", "tools.bench_kernel", "--one", kind, *flags]
             measured.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
     gap = abs(runs["naive"][0]["loss"] - runs["kernel"][0]["loss"])
-    print(f"{args.tokens} tokens, V={args.vocabulary}, D={args.hidden}, float32, {args.threads} thread(s); |Δloss| {gap:.1e}")
+    shape_text = f"{args.tokens} tokens, V={args.vocabulary}, D={args.hidden}, float32, {args.threads} thread(s)"
+    print(f"{shape_text}; |Δloss| {gap:.1e}")
     result = {"tokens": args.tokens, "vocabulary": args.vocabulary, "hidden": args.hidden}
     for kind, measured in runs.items():
         for what, unit in (("bytes", 2**20), ("seconds", 1)):

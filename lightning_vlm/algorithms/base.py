@@ -64,6 +64,7 @@ class Algorithm(EvaluationMixin, L.LightningModule):
     """
 
     encoding: ClassVar[Literal["conversation", "pair", "prompt"]] = "conversation"
+    steps_per_batch: int = 1  # optimizer steps that one loader batch feeds
 
     def __init__(
         self,
@@ -95,7 +96,7 @@ class Algorithm(EvaluationMixin, L.LightningModule):
         self.micro_batch_tokens, self.share_images, self.seed = micro_batch_tokens, share_images, seed
         self.policy: Policy | None = None
         self.processor = None
-        self.clock = self.clock_before = 0
+        self.clock = self.clock_before = self.batches_done = 0
         self.last_step: dict[str, Any] = {}
         self._total_steps = 0
         self._evaluated: dict[str, int] = {}
@@ -157,8 +158,9 @@ class Algorithm(EvaluationMixin, L.LightningModule):
         self.sync = GradientSync(self.policy)
         self._frozen, self._largest_norms = snapshot_frozen(self.policy), {}
         self._guard_at = self.clock + GUARD_STEPS
-        total = self.trainer.max_steps
-        self._total_steps = total if total > 0 else int(min(self.trainer.estimated_stepping_batches, 2**62))
+        self._total_steps = self.trainer.max_steps
+        if self._total_steps < 1:
+            raise ValueError("set trainer.max_steps or trainer.max_epochs: schedules need to know where the run ends")
 
     # --- the step ---------------------------------------------------------------------------------------------------
 
@@ -167,6 +169,7 @@ class Algorithm(EvaluationMixin, L.LightningModule):
         self.clock_before = self.clock
         for items in self.optimizer_batches(batch):
             self.optimize(items, skipped=len(batch.skipped))
+        self.batches_done += 1
 
     def optimize(self, items: list[Item], *, skipped: int = 0) -> None:
         """One optimizer step over `items` of this rank."""
@@ -297,13 +300,15 @@ class Algorithm(EvaluationMixin, L.LightningModule):
             "backbone": dict(vars(self.backbone)),
             "parts": {name: dict(vars(policy)) for name, policy in self.parts.items()},
             "step": self.clock,
+            "batches_done": self.batches_done,
             **self.evaluation_state(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the clock."""
+        """Restore the clock and the place in the data."""
         ours = checkpoint["lightning_vlm"]
         self.clock = self.clock_before = ours["step"]
+        self.batches_done = ours["batches_done"]
         self.restore_evaluation_state(ours)
 
 

@@ -50,11 +50,11 @@ def score_freeform(output: str, sample: Sample) -> Record:
     `extraction` is None where there is no box. A comparison that had to be cut off counts as wrong and says so by
     `timed_out`, so that such examples can be looked at.
     """
-    answer = boxed(output)
+    gold, answer = _gold(sample), boxed(output)
     if answer is None:
         return {"extraction": None, "score": 0.0}
     try:
-        return {"extraction": answer, "score": float(_worker.equal(answer, _gold(sample)))}
+        return {"extraction": answer, "score": float(_worker.equal(answer, gold))}
     except GradingTimeout:
         return {"extraction": answer, "score": 0.0, "timed_out": 1.0}
 

@@ -10,6 +10,7 @@ import re
 import shlex
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def run(command: str, config: Config, options: dict[str, Any]) -> int:
         ValueError, FileNotFoundError: what the user can mend, in one line.
     """
     sys.path.append(os.getcwd())  # classes of the user's own, by dotted path
-    _quiet_advertisements()
+    _quiet()
     classes = resolve_classes(config)
     tree = linked(config, classes)
     run_dir = choose_run_dir(command, config)
@@ -105,17 +106,23 @@ def run(command: str, config: Config, options: dict[str, Any]) -> int:
     say(f"run_dir: {run_dir}")
     write_config(cli, config, config_file)
 
-    stage = getattr(cli.trainer, command)
-    where = {"model": cli.model, "datamodule": cli.datamodule, "ckpt_path": str(ckpt) if ckpt else None}
-    if command == "predict":
-        stage(**where, return_predictions=False)
-    else:
-        results = stage(**where)
-        if command != "fit":
-            _write_results(run_dir / f"{command}.json", results)
+    results = _run_stage(cli, command, ckpt)
     if command == "fit":
         _say_what_next(cli.trainer, config_file)
+    elif command != "predict":
+        _write_results(run_dir / f"{command}.json", results)
     return 0
+
+
+def _run_stage(cli: StageCLI, command: str, ckpt: Path | None) -> Any:
+    more = {"return_predictions": False} if command == "predict" else {}
+    path = None if ckpt is None else str(ckpt)
+    try:
+        return getattr(cli.trainer, command)(model=cli.model, datamodule=cli.datamodule, ckpt_path=path, **more)
+    except RuntimeError as err:
+        if ckpt is None or "loading state_dict" not in str(err):
+            raise
+        raise ValueError(f"checkpoint {ckpt} does not fit the configured backbone and parts: {err}") from err
 
 
 def resolve_classes(config: Config) -> dict[tuple[str, ...], type]:
@@ -347,7 +354,10 @@ def _say_what_next(trainer: Trainer, config_file: Path) -> None:
     say(f"  evaluate it: lightning-vlm validate -c {shlex.quote(str(config_file))} --backbone.path {model}")
 
 
-def _quiet_advertisements() -> None:
-    """Lightning recommends a service of its own at every start; nobody asked."""
+def _quiet() -> None:
+    """Silence Lightning where it recommends a service, warns of itself, or of what is as it should be here."""
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*custom batch sampler.*")
+    warnings.filterwarnings("ignore", message=".*sync_dist=True.*")  # evaluations are gathered before they are logged
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(lambda record: "litlogger" not in record.getMessage())

@@ -30,9 +30,8 @@ def signature(cls: type) -> Signature:
     hints: dict[str, Any] = {}
     required: set[str] = set()
     open_ended = False
-    for base in cls.__mro__:
-        if "__init__" not in vars(base) or base is object:
-            continue
+    constructors = [base for base in cls.__mro__ if "__init__" in vars(base) and base is not object]
+    for base in constructors:
         init = base.__init__
         types_ = _type_hints(init)
         open_ended = False
@@ -41,8 +40,8 @@ def signature(cls: type) -> Signature:
                 open_ended = True
             elif parameter.kind in _BY_NAME and name not in hints:
                 hints[name] = types_.get(name, Any)
-                if parameter.default is inspect.Parameter.empty:
-                    required.add(name)
+                if parameter.default is inspect.Parameter.empty and base is constructors[0]:
+                    required.add(name)  # what a base class requires, the subclass may give itself
         if not open_ended:
             break
     return Signature(hints, frozenset(required), open_ended)

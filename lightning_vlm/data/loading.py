@@ -34,17 +34,18 @@ class StepBatch:
 
 
 class StepSampler:
-    """Batches of sample indices, one per optimizer step, for one rank.
+    """Batches of sample indices for one rank, one per loader batch, without end: the run's clock decides when to stop.
 
-    Every epoch is a permutation keyed by (seed, epoch), cut into steps of `batch_size` samples; the last step of an
-    epoch may be short. Rank r takes elements r, r + world, … of each step. Indices count on over epochs (epoch · size +
-    position), so that a mixture goes on where the last epoch stopped.
+    Batch k holds positions of epoch k // batches_per_epoch, a permutation keyed by (seed, epoch); the last batch of an
+    epoch may be short. Rank r takes elements r, r + world, … of each batch. Indices count on over epochs
+    (epoch · size + position), so that a mixture goes on where the last epoch stopped. There is no edge between epochs
+    that a resumed run could fall into: it starts at the batch that comes next.
 
     Args:
-        size: number of samples. batch_size: samples per optimizer step over all ranks. seed: of the permutations.
+        size: number of samples. batch_size: samples per batch over all ranks. seed: of the permutations.
         rank, world: this rank and the number of data-parallel ranks.
         shuffle: False keeps the data set's order.
-        skip: called when iteration starts: steps of the current epoch that are done already (for resuming).
+        start: called when iteration starts: how many batches are done already.
     """
 
     def __init__(
@@ -56,28 +57,16 @@ class StepSampler:
         rank: int = 0,
         world: int = 1,
         shuffle: bool = True,
-        skip: Callable[[], int] = lambda: 0,
+        start: Callable[[], int] = lambda: 0,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.size, self.batch_size, self.seed = size, batch_size, seed
-        self.rank, self.world, self.shuffle, self.skip = rank, world, shuffle, skip
-        self.epoch = 0
-        self.sampler = self  # Lightning announces epochs to `batch_sampler.sampler`
+        self.rank, self.world, self.shuffle, self.start = rank, world, shuffle, start
+        self.batches_per_epoch = -(-size // batch_size)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch's permutation."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return -(-self.size // self.batch_size)
-
-    def step_indices(self, epoch: int, step: int) -> list[int]:
-        """Indices of all ranks' samples at `step` of `epoch`."""
-        order = self._order(epoch)
-        return order[step * self.batch_size : (step + 1) * self.batch_size]
-
-    def _order(self, epoch: int) -> list[int]:
+    def epoch_order(self, epoch: int) -> list[int]:
+        """Indices of all samples in the order of `epoch`."""
         first = epoch * self.size
         if not self.shuffle:
             return list(range(first, first + self.size))
@@ -85,9 +74,12 @@ class StepSampler:
         return (first + torch.randperm(self.size, generator=generator)).tolist()
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = self._order(self.epoch)
-        for step in range(self.skip(), len(self)):
-            yield order[step * self.batch_size : (step + 1) * self.batch_size][self.rank :: self.world]
+        epoch, position = divmod(self.start(), self.batches_per_epoch)
+        while True:
+            order = self.epoch_order(epoch)
+            for batch in range(position, self.batches_per_epoch):
+                yield order[batch * self.batch_size : (batch + 1) * self.batch_size][self.rank :: self.world]
+            epoch, position = epoch + 1, 0
 
 
 class EncodedDataset(Dataset):

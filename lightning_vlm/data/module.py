@@ -96,6 +96,16 @@ class VLMData(L.LightningDataModule):
             sources = open_named(self.train_specs, for_training=True)
             weights = [spec.weight for spec in self.train_specs.values()]
             self.train_samples = Mixture(sources, weights, seed=self.seed)
+            self._bound_by_steps()
+
+    def _bound_by_steps(self) -> None:
+        """Turn `max_epochs` into `max_steps`: the loader has no epochs, the clock counts optimizer steps."""
+        fit_loop = self.trainer.fit_loop
+        if fit_loop.max_steps == -1 and fit_loop.max_epochs not in (None, -1):
+            per_epoch = -(-len(self.train_samples) // self.batch_size)
+            steps = fit_loop.max_epochs * per_epoch * self.trainer.lightning_module.steps_per_batch
+            fit_loop.epoch_loop.max_steps = steps
+        fit_loop.max_epochs = -1
 
     def register(self, evaluation: Evaluation) -> None:
         """Add a named evaluation; its loader yields only at multiples of `evaluation.every` optimizer steps.
@@ -125,9 +135,8 @@ class VLMData(L.LightningDataModule):
         return module.evaluation_due(evaluation)
 
     def train_dataloader(self) -> DataLoader:
-        """One batch per optimizer step; resumes where the restored run stood."""
-        encode = self._encode(self.trainer.lightning_module.encoding)
-        loop = self.trainer.fit_loop.epoch_loop
+        """Batches without end; a restored run goes on with the batch that comes next."""
+        module = self.trainer.lightning_module
         sampler = StepSampler(
             len(self.train_samples),
             self.batch_size,
@@ -135,9 +144,10 @@ class VLMData(L.LightningDataModule):
             rank=self._rank,
             world=self._world,
             shuffle=self.shuffle,
-            skip=lambda: loop.batch_progress.current.processed,
+            start=lambda: module.batches_done,
         )
-        return self._loader(EncodedDataset(self.train_samples, encode), sampler, self.on_bad_sample)
+        dataset = EncodedDataset(self.train_samples, self._encode(module.encoding))
+        return self._loader(dataset, sampler, self.on_bad_sample)
 
     def val_dataloader(self) -> list[DueLoader]:
         """One loader per registered evaluation, in registration order."""

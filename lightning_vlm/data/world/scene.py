@@ -148,13 +148,15 @@ def patch_labels(scene: Scene) -> np.ndarray:
 
 
 def side_cells(triangle: int) -> tuple[int, int, int]:
-    """The cells at the middle of a triangle's three sides; never side by side, so that numbers do not run together."""
-    a, b, c = TRIANGLES[triangle]
+    """Where a triangle's sides are labelled: the middles of two, the foot of the altitude on the base.
 
-    def middle(p: int, q: int) -> int:
-        return _between(p // GRID, q // GRID) * GRID + _between(p % GRID, q % GRID)
-
-    return middle(a, b), middle(a, c), middle(b, c)
+    No two lie side by side, so that numbers do not run together.
+    """
+    apex, left, right = (divmod(cell, GRID) for cell in TRIANGLES[triangle])
+    foot = (left[0], apex[1]) if left[0] == right[0] else (apex[0], left[1])
+    middles = [tuple(_between(p, q) for p, q in zip(apex, end, strict=True)) for end in (left, right)]
+    first, second, third = (row * GRID + column for row, column in (*middles, foot))
+    return first, second, third
 
 
 def _between(i: int, j: int) -> int:
