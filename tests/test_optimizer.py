@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_vlm.algorithms.optimizer import PartOptimizer, lr_factor, parameter_groups
+from lightning_vlm.algorithms.groups import parameter_groups
+from lightning_vlm.algorithms.optimizer import PartOptimizer, lr_factor
 
 
 def net(dtype=torch.float32):

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 from pathlib import Path
 
 import pytest
@@ -480,6 +481,15 @@ def test_mmvp(tmp_path):
     assert words(source[0].messages[0]) == "Is it open?\n(a) Open\n(b) Closed\nAnswer with (a) or (b)."
     assert Image.open(source[2].images[0]).size == (4, 3)
     refused("is empty", kind="mmvp", path=str(tmp_path / "processed" / "1"))
+    refused("both questions of a pair, and 10 is alone", kind="mmvp", path=str(tmp_path), options={"swap_pairs": True})
+    refused("true or false, got 1", kind="mmvp", path=str(tmp_path), options={"swap_pairs": 1})
+    refused("did you mean 'swap_pairs'", kind="mmvp", path=str(tmp_path), options={"swap_pair": True})
+    shutil.rmtree(tmp_path / "processed" / "10")
+    swapped = opened(kind="mmvp", path=str(tmp_path), options={"swap_pairs": True})
+    assert [(s.id, s.answer, os.path.basename(s.images[0])) for s in swapped] == [
+        ("mmvp/1", "(a)", "2.jpg"),
+        ("mmvp/2", "(b)", "1.jpg"),
+    ]
 
 
 def karpathy(name: str, split: str, captions: list[str], number: int) -> dict:

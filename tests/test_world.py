@@ -126,7 +126,7 @@ def test_held_out_pairs_angles_and_sides_appear_only_out_of_domain():
         samples = WorldSource(split=split, size=600)
         expected = {"ood_pairs": 600, "ood_numbers": 600}.get(split, 0)
         assert sum(map(held_out, samples)) == expected, split
-    assert len(HELD_OUT_PAIRS) == 3 and len(ANGLES) == 16 and len(SIDES) == 7
+    assert len(HELD_OUT_PAIRS) == 3 and len(ANGLES) == 16 and len(HELD_OUT_SIDES) == len(SIDES) // 7
     pairs = {(c, s) for c in range(6) for s in range(4)} - set(HELD_OUT_PAIRS)
     assert {c for c, _ in pairs} == set(range(6)) and {s for _, s in pairs} == set(range(4))
     asked = [question_of(s) for s in WorldSource(split="ood_two_attributes", size=100)]
@@ -140,7 +140,7 @@ def test_known_pictures():
     assert (ys.min(), ys.max(), xs.min(), xs.max()) == (17, 28, 35, 46) and len(ys) == 144
     bar = render(Scene(bars=(Bar(0, 5, 3),)))
     ys, xs = np.nonzero((bar == RGB[0]).all(-1))
-    assert (ys.min(), ys.max(), xs.min(), xs.max()) == (44, 63, 51, 60)
+    assert (ys.min(), ys.max(), xs.min(), xs.max()) == (34, 63, 51, 60)
     seven = (render(Scene(labels=(Label("7", 0),)))[:CELL, :CELL, 0] == INK)[3:13:2, 9:15:2]
     assert seven.astype(int).tolist() == [[1, 1, 1], [0, 0, 1], [0, 0, 1], [0, 0, 1], [0, 0, 1]]
 
@@ -169,12 +169,12 @@ def test_masks_cover_exactly_what_is_drawn():
 
 def test_patch_labels_of_a_known_scene():
     scene = Scene(
-        figures=(Figure(1, 2, 0),), bars=(Bar(4, 9, 3),), labels=(Label("40", 5), Label("x", 6), Label("7", 9))
+        figures=(Figure(1, 2, 0),), bars=(Bar(4, 7, 3),), labels=(Label("40", 5), Label("x", 6), Label("7", 9))
     )
     labels = patch_labels(scene)
     assert labels[0].tolist() == [2, 3, 0, 0, 0]
-    # 9 units of 4 pixels fill rows 3 and 2 and reach into row 1
-    assert labels[7].tolist() == [5, 0, 0, 0, 9]
+    # 7 units of 6 pixels fill rows 3 and 2 and reach into row 1
+    assert labels[7].tolist() == [5, 0, 0, 0, 7]
     assert labels[11].tolist() == labels[15].tolist() == [5, 0, 0, 0, 0] and labels[3].sum() == 0
     assert labels[5].tolist() == [0, 0, 5, 1, 0]
     assert labels[6].tolist() == [0, 0, 0, 11, 0] and labels[9].tolist() == [0, 0, 0, 8, 0]

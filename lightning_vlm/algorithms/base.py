@@ -7,8 +7,6 @@ optimizer step, keeps ranks together, clips, steps, counts, logs.
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -21,24 +19,23 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from lightning_vlm.algorithms.evaluation import EvaluationMixin
+from lightning_vlm.algorithms.groups import build_optimizer
+from lightning_vlm.algorithms.guard import PartGuard, require_finite
 from lightning_vlm.algorithms.micro import Item, micro_batches
-from lightning_vlm.algorithms.optimizer import PartOptimizer, Schedule, lr_factor, parameter_groups
+from lightning_vlm.algorithms.optimizer import PartOptimizer, Schedule, lr_factor
 from lightning_vlm.algorithms.totals import Micro, StepTotals
 from lightning_vlm.data.loading import StepBatch
 from lightning_vlm.losses.terms import objective
 from lightning_vlm.models.batch import ModelBatch, Row
 from lightning_vlm.models.collate import collate
 from lightning_vlm.models.families import family_of
-from lightning_vlm.models.guard import check_frozen, check_gradients, snapshot_frozen
 from lightning_vlm.models.load import load_model
-from lightning_vlm.models.parts import PartPolicy, apply_parts, part_parameters
+from lightning_vlm.models.parts import PartPolicy, apply_parts
 from lightning_vlm.models.policy import Policy
 from lightning_vlm.models.processor import load_processor
 from lightning_vlm.models.spec import Backbone
 from lightning_vlm.strategies.fsdp import shard_policy
 from lightning_vlm.strategies.sync import GradientSync, max_over_ranks, sum_over_ranks
-
-GUARD_STEPS = 3  # after so many optimizer steps, what is frozen must not have moved and what trains had gradient
 
 
 class Algorithm(EvaluationMixin, L.LightningModule):
@@ -116,6 +113,9 @@ class Algorithm(EvaluationMixin, L.LightningModule):
         """Items of each optimizer step that this loader batch feeds; one step by default."""
         yield batch.items
 
+    def extend_policy(self) -> None:
+        """Modules that are trained beside the model and dropped on export; none by default."""
+
     # --- building ---------------------------------------------------------------------------------------------------
 
     def configure_model(self) -> None:
@@ -126,6 +126,7 @@ class Algorithm(EvaluationMixin, L.LightningModule):
         family = family_of(model)
         apply_parts(model, family, self.parts)
         self.policy = Policy(model, family)
+        self.extend_policy()
         if self.device_mesh is not None:
             shard_policy(self.policy, self.device_mesh, getattr(self.trainer.strategy, "mixed_precision", "none"))
 
@@ -136,28 +137,22 @@ class Algorithm(EvaluationMixin, L.LightningModule):
 
     def configure_optimizers(self) -> PartOptimizer:
         """One optimizer over the trainable parameters of all parts."""
-        parts = part_parameters(self.policy.model, self.policy.family)
-        trainable = {part: [(n, p) for n, p in named if p.requires_grad] for part, named in parts.items()}
-        trainable = {part: named for part, named in trainable.items() if named}
-        policy = {part: self.parts.get(part) or PartPolicy() for part in trainable}
-        both = (self.policy.model.get_input_embeddings(), self.policy.model.get_output_embeddings())
-        groups = parameter_groups(
-            trainable,
+        return build_optimizer(
+            self.policy,
+            self.parts,
             kind=self.optimizer,
-            lr={p: self.lr if s.lr is None else s.lr for p, s in policy.items()},
-            weight_decay={
-                p: self.weight_decay if s.weight_decay is None else s.weight_decay for p, s in policy.items()
-            },
-            warmup={p: self.warmup_steps if s.warmup is None else s.warmup for p, s in policy.items()},
-            embeddings={id(p) for module in both for p in module.parameters()},
+            lr=self.lr,
+            weight_decay=self.weight_decay,
+            warmup=self.warmup_steps,
+            betas=self.betas,
+            eps=self.eps,
+            master_weights=self.master_weights,
         )
-        return PartOptimizer(groups, betas=self.betas, eps=self.eps, master_weights=self.master_weights)
 
     def on_fit_start(self) -> None:
         """Prepare what a step needs once the policy sits on its device."""
         self.sync = GradientSync(self.policy)
-        self._frozen, self._largest_norms = snapshot_frozen(self.policy), {}
-        self._guard_at = self.clock + GUARD_STEPS
+        self.guard = PartGuard(self.policy, self.clock)
         self._total_steps = self.trainer.max_steps
         if self._total_steps < 1:
             raise ValueError("set trainer.max_steps or trainer.max_epochs: schedules need to know where the run ends")
@@ -192,8 +187,9 @@ class Algorithm(EvaluationMixin, L.LightningModule):
         norms = self._apply_gradients(optimizer)
         self._require_finite({"grad_norm": norms["total"]}, items)
         rates = self._step(optimizer)
-        self._guard(norms)
-        self._report(report, norms, rates, step, skipped)
+        total = norms.pop("total")
+        self.guard.observe(self.clock, norms, images=any(row.images for item in items for row in item))
+        self._report(report | {"grad_norm": total, "skipped": float(skipped)}, norms, rates, step)
 
     def _agree(self, counts: dict[str, float], rounds: int) -> tuple[dict[str, float], int]:
         """Counts over all ranks, and how many micro-batches every rank runs."""
@@ -256,37 +252,15 @@ class Algorithm(EvaluationMixin, L.LightningModule):
         self.clock += 1
         return rates
 
-    def _guard(self, norms: dict[str, float]) -> None:
-        """After a few steps: nothing frozen moved, everything trainable was reached. Off the hot path from then on."""
-        if self.clock > self._guard_at:
-            return
-        for part, norm in norms.items():
-            if part != "total":
-                self._largest_norms[part] = max(norm, self._largest_norms.get(part, 0.0))
-        if self.clock == self._guard_at:
-            check_frozen(self.policy, self._frozen, self.policy.family)
-            check_gradients(self._largest_norms)
-
     def _require_finite(self, values: dict[str, float], items: list[Item]) -> None:
-        broken = {name: value for name, value in values.items() if not math.isfinite(value)}
-        if not broken:
-            return
-        ids = sorted({row.id for item in items for row in item})
         path = Path(self.trainer.default_root_dir) / f"nonfinite_step{self.clock}_rank{self.global_rank}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"step": self.clock, "values": {k: str(v) for k, v in broken.items()}, "ids": ids}))
-        name, value = next(iter(broken.items()))
-        raise ValueError(
-            f"{name} is {value} at optimizer step {self.clock}; the sample ids are in {path}. Lower model.lr, raise "
-            "model.warmup_steps, set model.clip_norm, or look at those samples"
-        )
+        require_finite(values, step=self.clock, ids=(row.id for item in items for row in item), path=path)
 
-    def _report(self, report, norms, rates, step: StepTotals, skipped: int) -> None:
+    def _report(self, report, norms, rates, step: StepTotals) -> None:
         """Log the step under `train/` on the clock of optimizer steps and keep it for monitors."""
         metrics = {f"train/{name}": value for name, value in report.items()}
-        metrics |= {f"train/grad_norm/{part}": value for part, value in norms.items() if part != "total"}
+        metrics |= {f"train/grad_norm/{part}": value for part, value in norms.items()}
         metrics |= {f"train/lr/{part}": rate for part, rate in rates.items()}
-        metrics |= {"train/grad_norm": norms["total"], "train/skipped": float(skipped)}
         self.last_step = {**step.tokens(), "metrics": metrics}
         self.log_dict(metrics, batch_size=1)
         self.log("step", float(self.clock), batch_size=1)

@@ -19,12 +19,12 @@ class Micro(NamedTuple):
     Attributes:
         terms: summed loss terms with gradient.
         metrics: name → (sum, count) to be averaged over the step, without gradient.
-        scores: the scored tokens, for monitors.
+        scores: the scored tokens, for monitors; None where no token is scored.
     """
 
     terms: dict[str, Term]
     metrics: dict[str, tuple[Tensor, float]]
-    scores: Scores
+    scores: Scores | None
 
 
 class StepTotals:
@@ -34,7 +34,7 @@ class StepTotals:
         self.sums: dict[str, Tensor] = {}
         self.metrics: dict[str, list] = {}
         self.scores: list[Scores] = []
-        self.rows = self.padded = 0
+        self.rows = self.padded = self.micro_batches = 0
 
     def add(self, micro: Micro, batch: ModelBatch) -> None:
         for name, term in micro.terms.items():
@@ -43,16 +43,18 @@ class StepTotals:
         for name, (total, count) in micro.metrics.items():
             entry = self.metrics.setdefault(name, [0.0, 0.0])
             entry[0], entry[1] = entry[0] + total.detach().double(), entry[1] + count
-        self.scores.append(Scores(*(t.detach() for t in micro.scores)))
+        if micro.scores is not None:
+            self.scores.append(Scores(*(t.detach() for t in micro.scores)))
+        self.micro_batches += 1
         self.rows += len(batch.rows)
         self.padded += batch.input_ids.numel()
 
     def over_ranks(self, counts: dict[str, float], device: torch.device) -> dict[str, float]:
         """Loss, each term and each metric over all ranks, and token counts; one exchange."""
-        entropies = torch.cat([s.entropies for s in self.scores]).double()
+        entropies = self._flat("entropies").double()
         sums = [*self.sums.values(), *(m[0] for m in self.metrics.values()), entropies.sum()]
         flat = torch.stack([torch.as_tensor(s, dtype=torch.float64, device=device) for s in sums]).tolist()
-        host = [*(m[1] for m in self.metrics.values()), len(entropies), self.rows, self.padded, len(self.scores)]
+        host = [*(m[1] for m in self.metrics.values()), len(entropies), self.rows, self.padded, self.micro_batches]
         flat = sum_over_ranks([*flat, *host], device)
         n, m = len(self.sums), len(self.metrics)
         terms = {name: s / counts[name] if counts[name] else 0.0 for name, s in zip(self.sums, flat, strict=False)}
@@ -67,5 +69,7 @@ class StepTotals:
 
     def tokens(self) -> dict[str, Tensor]:
         """Per-token quantities of this rank's step, for monitors."""
-        fields = ("logprobs", "entropies", "top_logprobs")
-        return {name: torch.cat([getattr(s, name) for s in self.scores]) for name in fields}
+        return {name: self._flat(name) for name in ("logprobs", "entropies", "top_logprobs")}
+
+    def _flat(self, name: str) -> Tensor:
+        return torch.cat([getattr(s, name) for s in self.scores]) if self.scores else torch.zeros(0)

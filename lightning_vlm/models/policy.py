@@ -74,7 +74,8 @@ class Policy(nn.Module):
         against: HeadInput | None = None,
         beta: float = 0.5,
         raw: bool = False,
-    ) -> Scores | Divergences | HeadInput:
+        patch_heads: bool = False,
+    ) -> Scores | Divergences | HeadInput | list[Tensor]:
         """Score a batch; the one way to read this policy's distributions, for weights may be sharded outside of it.
 
         Args:
@@ -83,7 +84,12 @@ class Policy(nn.Module):
             against: another policy's `HeadInput` at the same tokens; gives the divergences of this policy from it.
             beta: weight of p in the Jensen–Shannon form.
             raw: return this policy's own `HeadInput`, to be given as `against`.
+            patch_heads: return what the modules of `self.heads` say of every image token, [image tokens, classes] each,
+                images in order of occurrence; the language model is not run.
         """
+        if patch_heads:
+            features = self.image_features(batch)
+            return [head(features) for head in self.heads]
         hidden, weight = self.hidden_states(batch), self.head_weight()
         if raw:
             return HeadInput(hidden, weight)
@@ -138,6 +144,14 @@ class Policy(nn.Module):
                 inputs["position_ids"] = self._positions(batch)
             out = self.model.model(**inputs, use_cache=False)
         return out.last_hidden_state[:, :-1][batch.loss_mask[:, 1:]]
+
+    def image_features(self, batch: ModelBatch) -> Tensor:
+        """[Σ image tokens, D] projected features of all images in order of occurrence, each encoded once."""
+        if not batch.pixels:
+            return self.head.weight.new_zeros(0, self.head.weight.shape[1])
+        with _image_seam(self.model.model, batch):
+            features = self.model.model.get_image_features().pooler_output
+        return features.flatten(0, -2) if isinstance(features, Tensor) else torch.cat(list(features))
 
     @contextmanager
     def inputs(self, batch: ModelBatch) -> Iterator[dict[str, Any]]:

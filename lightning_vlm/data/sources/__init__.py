@@ -78,7 +78,7 @@ KINDS = {
         (*_TABLE, "instruction"),
         ("question", "options", "answer", "level", "subject", "decoded_image", *_IMAGES),
     ),
-    "mmvp": Kind(open_mmvp, ("path", "instruction")),
+    "mmvp": Kind(open_mmvp, ("path", "instruction"), (), ("swap_pairs",)),
     "coco": Kind(open_coco, ("path", "split", "images_root", "images_prefix", "instruction"), (), ("captions",)),
     "sharegpt": Kind(open_conversations, _TABLE, ("conversations", *_TURNS)),
     "messages": Kind(open_conversations, _TABLE, ("messages", *_TURNS)),

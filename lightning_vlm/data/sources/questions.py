@@ -213,7 +213,6 @@ class MmvpRow:
         if match is None or answer not in ("(a)", "(b)"):
             raise BadSample(id, "malformed", f"expected a question with options (a) and (b), found {row!r}")
         asked, *choices = match.groups()
-        number = int(row["id"])
         return question(
             id,
             self.label,
@@ -222,17 +221,23 @@ class MmvpRow:
             instruction=self.instruction,
             target=answer,
             answer=answer,
-            # 2k−1 and 2k are a pair: one question, two pictures that differ in the answer
-            info={"id": row["id"], "question": asked, "choices": choices, "pair": (number + 1) // 2},
+            info={"id": row["id"], "question": asked, "choices": choices, "pair": _pair(row)},
         )
 
 
 def open_mmvp(spec: SourceSpec, label: str) -> RowSource:
     """MMVP from a folder `N/request.json` with its picture, or the folder above `processed/`.
 
+    `options: {swap_pairs: true}` shows each question with the picture of its pair's other question: a model that looks
+    at the picture gets those wrong that it gets right otherwise.
+
     Raises:
-        ValueError: no such folder, no request in it, or a request without a picture's name.
+        ValueError: no such folder, no request in it, a request without a picture's name, or one without the other of
+            its pair where pairs are swapped.
     """
+    swap = spec.options.get("swap_pairs", False)
+    if not isinstance(swap, bool):
+        raise ValueError(f"options: swap_pairs is true or false, got {swap!r}")
     folder = existing_path(spec)
     if (folder / "processed").is_dir():
         folder = folder / "processed"
@@ -248,8 +253,26 @@ def open_mmvp(spec: SourceSpec, label: str) -> RowSource:
         rows.append({**row, "id": file.parent.name, "image": str(file.parent / Path(row["images"][0]).name)})
     if not rows:
         raise ValueError(f"{folder} is empty: it has no N/request.json")
+    if swap:
+        rows = _with_swapped_pictures(rows, folder)
     instruction = "Answer with (a) or (b)." if spec.instruction is None else spec.instruction
     return RowSource(JsonTable(rows, str(folder), folder), MmvpRow(label, instruction), label=label)
+
+
+def _pair(row: Row) -> int:
+    """2k−1 and 2k are pair k: one question, two pictures that differ in the answer."""
+    return (int(row["id"]) + 1) // 2
+
+
+def _with_swapped_pictures(rows: list[Row], folder: Path) -> list[Row]:
+    """The rows of MMVP, each with the picture of the other one of its pair."""
+    pairs: dict[int, list[Row]] = {}
+    for row in rows:
+        pairs.setdefault(_pair(row), []).append(row)
+    for pair in pairs.values():
+        if len(pair) != 2:
+            raise ValueError(f"{folder}: swap_pairs needs both questions of a pair, and {pair[0]['id']} is alone")
+    return [{**row, "image": other["image"]} for a, b in pairs.values() for row, other in ((a, b), (b, a))]
 
 
 def _problem_files(folder: Path) -> list[Path]:

@@ -25,7 +25,8 @@ class SourceSpec:
         columns: `our name: their name` for renamed columns; `id: null` numbers the rows instead of reading ids.
         limit: only the first so many rows.
         weight: relative share of the samples drawn in a mixture.
-        options: settings of the kind: `captions: all|one` (coco); the arguments of the embedded world (world).
+        options: settings of the kind: `captions: all|one` (coco), `swap_pairs: true|false` (mmvp), the arguments of the
+            embedded world (world).
     """
 
     kind: str

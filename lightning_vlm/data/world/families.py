@@ -16,14 +16,14 @@ from lightning_vlm.data.world.scene import GRID, MAX_VALUE, TRIANGLES, Bar, Figu
 from lightning_vlm.models.embedded import COLOURS, PLURALS, SHAPES
 
 ANGLES = tuple(range(20, 100, 5))
-SIDES = ((3, 4, 5), (5, 12, 13), (7, 24, 25), (8, 15, 17), (9, 40, 41), (12, 16, 20), (20, 21, 29))
+SIDES = tuple((a, b, c) for a in range(3, 13) for b in range(a, 13) for c in range(b, 13) if a + b > c)
 # Never shown in the in-domain splits; every colour, shape and digit still is.
 HELD_OUT_PAIRS = tuple(
     (COLOURS.index(colour), SHAPES.index(shape))
     for colour, shape in (("red", "cross"), ("blue", "triangle"), ("yellow", "circle"))
 )
 HELD_OUT_ANGLES = (35, 70)
-HELD_OUT_SIDES = ((8, 15, 17),)
+HELD_OUT_SIDES = SIDES[3::7]
 
 _PAIRS = tuple((c, s) for c in range(len(COLOURS)) for s in range(len(SHAPES)) if (c, s) not in HELD_OUT_PAIRS)
 _SEEN_ANGLES = tuple(a for a in ANGLES if a not in HELD_OUT_ANGLES)

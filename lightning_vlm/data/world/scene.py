@@ -17,8 +17,8 @@ from lightning_vlm.models.embedded import COLOURS, IMAGE_SIZE, SHAPES
 CELL = 16  # pixels
 GRID = IMAGE_SIZE // CELL
 BACKGROUND, INK, LINE = 237, 20, 150  # grey levels
-UNIT = 4  # pixels of bar height per unit of value
-MAX_VALUE = 15
+UNIT = 6  # pixels of bar height per unit of value
+MAX_VALUE = 10
 RGB = np.array([(220, 40, 40), (30, 150, 60), (40, 80, 220), (240, 205, 20), (140, 50, 180), (30, 200, 215)], np.uint8)
 
 # Three columns of five rows for each character, as rows of bits.
