@@ -62,7 +62,10 @@ def world(tmp_path_factory):
         spec("frozen", settings=frozen),
         spec("clipped", settings=SETTINGS | {"clip_norm": 0.1}, steps=3),
     ]
+    asked = {"model": "embedded:qwen2_5_vl-tiny", "world": {"size": 8}, "benchmark": {"size": 5}, "steps": 2}
+    one.append(spec("asked", **asked))
     two = [
+        *(spec(f"{s}_asked", strategy=s, **asked) for s in ("ddp", "fsdp2")),
         *(spec(f"{s}", strategy=s) for s in ("ddp", "fsdp2")),
         *(spec(f"{s}_cut", strategy=s, settings=SETTINGS | {"micro_batch_tokens": 120}) for s in ("ddp", "fsdp2")),
         *(spec(f"{s}_even", strategy=s, data=even, steps=2) for s in ("ddp", "fsdp2")),
@@ -129,3 +132,12 @@ def test_frozen_vision_has_no_gradient_and_does_not_move(world):
     assert vision and not any(n in world["frozen"]["gradients"] for n in vision)
     moved = world["reference"]["weights"], world["frozen"]["weights"]
     assert any(not torch.equal(moved[0][n], moved[1][n]) for n in vision)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_evaluation_gives_the_same_records_on_two_ranks(world, strategy):
+    """Five questions, two samples each, on two ranks of three and two: each asked once, and answered alike."""
+    records = world["asked"]["records"]["world"]
+    assert len(records) == 10 and len({(r["id"], r["sample"]) for r in records}) == 10
+    assert len({r["output"] for r in records}) > 1
+    assert world[f"{strategy}_asked"]["records"]["world"] == records
