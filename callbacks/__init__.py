@@ -10,6 +10,7 @@ _HOME = {
     "Checkpoint": "callbacks.checkpoint",
     "EntropyMonitor": "callbacks.entropy",
     "Geometry3K": "callbacks.benchmarks",
+    "HeldOutLoss": "callbacks.benchmarks",
     "Progress": "callbacks.progress",
     "RunRecord": "callbacks.record",
     "SampleTable": "callbacks.samples",

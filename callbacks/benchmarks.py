@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lightning_vlm.benchmarks import Benchmark, BenchmarkSpec, open_benchmark
-from lightning_vlm.data.sources import SourceSpec
+from lightning_vlm.benchmarks import BenchmarkSpec, HeldOut, open_benchmark
+from lightning_vlm.data.module import Evaluation
+from lightning_vlm.data.sources import SourceSpec, open_source
 
 
-class Benchmarks(Callback):
-    """Any number of named benchmarks, each logged as `val/<name>/…` at its own interval.
+class Evaluations(Callback):
+    """Base: opens evaluations at the start and registers them with the data module."""
 
-    Args:
-        benchmarks: name → what it is.
-    """
+    def __init__(self) -> None:
+        self._open: list[Evaluation] = []
 
-    def __init__(self, *, benchmarks: dict[str, BenchmarkSpec]) -> None:
-        self.specs = benchmarks
-        self._open: dict[str, Benchmark] = {}
+    def open(self) -> list[Evaluation]:
+        """What is to be registered."""
+        raise NotImplementedError(f"{type(self).__name__} must define open()")
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Open the benchmarks and register them with the data module."""
@@ -25,10 +25,44 @@ class Benchmarks(Callback):
             return
         if not hasattr(trainer.datamodule, "register"):
             raise ValueError(f"{type(self).__name__} needs a data module that evaluates, such as VLMData; set `data`")
-        for name, spec in self.specs.items():
-            if name not in self._open:
-                self._open[name] = open_benchmark(spec, name)
-            trainer.datamodule.register(self._open[name])
+        self._open = self._open or self.open()
+        for evaluation in self._open:
+            trainer.datamodule.register(evaluation)
+
+
+class Benchmarks(Evaluations):
+    """Any number of named benchmarks, each logged as `val/<name>/…` at its own interval.
+
+    Args:
+        benchmarks: name → what it is.
+    """
+
+    def __init__(self, *, benchmarks: dict[str, BenchmarkSpec]) -> None:
+        super().__init__()
+        self.specs = benchmarks
+
+    def open(self) -> list[Evaluation]:
+        """The benchmarks of the specs."""
+        return [open_benchmark(spec, name) for name, spec in self.specs.items()]
+
+
+class HeldOutLoss(Evaluations):
+    """Loss, entropy and token accuracy on texts that are not trained on; logged as `val/<name>/nll` and so on.
+
+    Args:
+        source: conversations with assistant texts.
+        name: what the metrics are called by.
+        every: optimizer steps between evaluations.
+    """
+
+    def __init__(self, *, source: SourceSpec, name: str = "held_out", every: int = 100) -> None:
+        super().__init__()
+        self.source, self.name, self.every = source, name, every
+
+    def open(self) -> list[Evaluation]:
+        """The one held-out set."""
+        samples = open_source(self.source, for_training=False)
+        return [HeldOut(name=self.name, samples=samples, every=self.every)]
 
 
 class Geometry3K(Benchmarks):

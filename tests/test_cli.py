@@ -323,6 +323,7 @@ def test_every_fragment_is_read_and_fits(name, monkeypatch):
 @pytest.mark.parametrize("name", [n for n in FRAGMENTS if n.startswith("experiment/")])
 def test_every_experiment_is_complete_and_says_what_it_is(name, monkeypatch):
     monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("LVLM_REAL_DATA", "data")
     checked([name])
     head = (ROOT / "configs" / f"{name}.yaml").read_text().split("\ninclude:")[0]
     assert f"lightning-vlm fit -c {name}" in head and "Hardware" in head

@@ -88,6 +88,7 @@ def test_references_reach_across_files_and_overrides(write):
         "backbone.path & '${vars.wher}' & 'vars.wher' & did you mean 'vars.where'? & c.yaml:1",
         [a, b, write("c.yaml", "backbone: {path: '${vars.wher}'}\n")],
     )
+    refused("environment variable LVLM_NOWHERE is not set", [write("c.yaml", "vars: {a: '${oc.env:LVLM_NOWHERE}'}\n")])
     refused("must be set & c.yaml:1", [write("c.yaml", "backbone: {path: '???'}\n")])
 
 

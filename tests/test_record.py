@@ -221,3 +221,5 @@ def test_mlflow_record_and_resume(tmp_path, monkeypatch):
     (run,) = client.search_runs([experiment])
     assert run.data.params["trainer.max_steps"] == "4" and run.data.tags["resumed.trainer.max_steps"] == "6"
     assert len(client.get_metric_history(run.info.run_id, "train/loss")) == 6
+    assert len(Path("run/csv/metrics.csv").read_text().splitlines()) > 4  # what was written before stays
+    assert Path("run/csv-2/metrics.csv").exists()

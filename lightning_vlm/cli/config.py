@@ -196,6 +196,9 @@ class Config:
         from omegaconf import OmegaConf
         from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
 
+        def quoted(message: str) -> str:
+            return message.split("'")[1] if "'" in message else message
+
         try:
             self.tree = OmegaConf.to_container(OmegaConf.create(self.tree), resolve=True, throw_on_missing=True)
         except OmegaConfBaseException as err:
@@ -203,9 +206,11 @@ class Config:
             text = str(err).splitlines()[0]
             if isinstance(err, MissingMandatoryValue):
                 text = "must be set"
+            elif "Environment variable" in text:
+                text = f"environment variable {quoted(text)} is not set"
             elif isinstance(err, InterpolationKeyError):
                 known = [".".join(p) for p in _paths(self.tree) if not isinstance(self.at(p), dict)]
-                wanted = text.split("'")[1] if "'" in text else text
+                wanted = quoted(text)
                 text = f"{self.at(path)!r} refers to '{wanted}', which is not there{nearest_only(wanted, known)}"
             raise self.error(path, text) from err
         except RecursionError as err:
