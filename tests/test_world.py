@@ -126,7 +126,7 @@ def test_held_out_pairs_angles_and_sides_appear_only_out_of_domain():
         samples = WorldSource(split=split, size=600)
         expected = {"ood_pairs": 600, "ood_numbers": 600}.get(split, 0)
         assert sum(map(held_out, samples)) == expected, split
-    assert len(HELD_OUT_PAIRS) == 3 and len(ANGLES) == 16 and len(HELD_OUT_SIDES) == len(SIDES) // 7
+    assert len(HELD_OUT_PAIRS) == 3 and len(ANGLES) == 16 and (len(SIDES), len(HELD_OUT_SIDES)) == (40, 6)
     pairs = {(c, s) for c in range(6) for s in range(4)} - set(HELD_OUT_PAIRS)
     assert {c for c, _ in pairs} == set(range(6)) and {s for _, s in pairs} == set(range(4))
     asked = [question_of(s) for s in WorldSource(split="ood_two_attributes", size=100)]

@@ -29,7 +29,7 @@ from lightning_vlm.losses.terms import objective
 from lightning_vlm.models.batch import ModelBatch, Row
 from lightning_vlm.models.collate import collate
 from lightning_vlm.models.families import family_of
-from lightning_vlm.models.load import load_model
+from lightning_vlm.models.load import check_vocabulary, load_model
 from lightning_vlm.models.parts import PartPolicy, apply_parts
 from lightning_vlm.models.policy import Policy
 from lightning_vlm.models.processor import load_processor
@@ -123,6 +123,7 @@ class Algorithm(EvaluationMixin, L.LightningModule):
         if self.policy is not None:
             return
         model = load_model(self.backbone)
+        check_vocabulary(model, self.processor)
         family = family_of(model)
         apply_parts(model, family, self.parts)
         self.policy = Policy(model, family)

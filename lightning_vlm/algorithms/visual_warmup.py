@@ -10,6 +10,7 @@ from torch import nn
 from lightning_vlm.algorithms.base import Algorithm
 from lightning_vlm.algorithms.micro import Item
 from lightning_vlm.algorithms.totals import Micro
+from lightning_vlm.data.world.scene import LABEL_CLASSES
 from lightning_vlm.losses.patches import patch_labels
 from lightning_vlm.models.batch import ModelBatch
 from lightning_vlm.models.parts import part_parameters
@@ -22,11 +23,11 @@ class VisualWarmup(Algorithm):
     samples carry `patch_labels` ([image tokens, kinds] class ids) in their `info`, as the embedded world's do. Ours.
 
     Args:
-        classes: number of classes of each label kind (the embedded world's: colour, shape, two digits, bar height).
+        classes: number of classes of each label kind; by default the embedded world's (colour, shape, two digits, bar).
         **kwargs: see `Algorithm`.
     """
 
-    def __init__(self, *, classes: tuple[int, ...] = (7, 5, 11, 12, 10), **kwargs: Any) -> None:
+    def __init__(self, *, classes: tuple[int, ...] = LABEL_CLASSES, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.classes = classes
 

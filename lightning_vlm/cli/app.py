@@ -14,6 +14,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
@@ -88,6 +89,7 @@ def run(command: str, config: Config, options: dict[str, Any]) -> int:
     """
     sys.path.append(os.getcwd())  # classes of the user's own, by dotted path
     _quiet()
+    limit_threads(config)
     classes = resolve_classes(config)
     tree = linked(config, classes)
     run_dir = choose_run_dir(command, config)
@@ -114,11 +116,26 @@ def run(command: str, config: Config, options: dict[str, Any]) -> int:
     return 0
 
 
+def limit_threads(config: Config) -> None:
+    """Apply `threads`; data workers always have one.
+
+    Raises:
+        ValueError: `threads` below 1.
+    """
+    threads = config.tree.get("threads")
+    if threads is None:
+        return
+    schema.check_value(threads, int, ("threads",), config)
+    if threads < 1:
+        raise config.error(("threads",), f"must be at least 1, got {threads}")
+    torch.set_num_threads(threads)
+
+
 def _run_stage(cli: StageCLI, command: str, ckpt: Path | None) -> Any:
-    more = {"return_predictions": False} if command == "predict" else {}
+    more = {"predict": {"return_predictions": False}, "validate": {"verbose": False}, "test": {"verbose": False}}
     path = None if ckpt is None else str(ckpt)
     try:
-        return getattr(cli.trainer, command)(model=cli.model, datamodule=cli.datamodule, ckpt_path=path, **more)
+        return getattr(cli.trainer, command)(model=cli.model, datamodule=cli.datamodule, ckpt_path=path, **more.get(command, {}))
     except RuntimeError as err:
         if ckpt is None or "loading state_dict" not in str(err):
             raise
@@ -343,6 +360,10 @@ def _write_results(path: Path, results: list[dict[str, float]]) -> None:
     if rank_zero_only.rank == 0:
         merged = {name: value for result in results for name, value in result.items()}
         path.write_text(json.dumps(merged, indent=2, sort_keys=True) + "\n")
+        width = max(map(len, merged), default=0)
+        for name, value in sorted(merged.items()):
+            if name != "step":
+                say(f"{name:<{width}}  {value:.6g}")
         say(f"results: {path}")
 
 
@@ -360,6 +381,11 @@ def _quiet() -> None:
     """Silence Lightning where it recommends a service, warns of itself, or of what is as it should be here."""
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*custom batch sampler.*")
+    warnings.filterwarnings("ignore", message=".*Total length of `list` across ranks is zero.*")  # nothing to validate
+    if not sys.stderr.isatty():
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message=".*sync_dist=True.*")  # evaluations are gathered before they are logged
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(lambda record: "litlogger" not in record.getMessage())

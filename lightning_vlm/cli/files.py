@@ -16,6 +16,7 @@ TOP_LEVEL = {
     "include": "list of files merged before this one, relative to it",
     "vars": "your own variables, for ${vars.name} references",
     "seed_everything": "the run's seed",
+    "threads": "CPU threads of each process (default: torch's choice); 1 is fastest for tiny models",
     "run_dir": "where the run writes (default runs/<experiment>-<time>)",
     "backbone": "the model to start from; handed to model and data",
     "model": "the algorithm: class_path and init_args",

@@ -227,10 +227,8 @@ def build_config(name: str) -> PreTrainedConfig:
     )
 
 
-def build_model(
-    name: str, seed: int = 0, dtype: torch.dtype | str = torch.float32, attention: str = "sdpa"
-) -> PreTrainedModel:
-    """A randomly initialised embedded model, a pure function of its arguments; no global random state is touched.
+def build_model(name: str, seed: int = 0, dtype: torch.dtype | str = torch.float32) -> PreTrainedModel:
+    """A randomly initialised embedded model in eval mode, a function of its arguments; no global random state is used.
 
     Every matrix is drawn from N(0, .1²) in float32 and then rounded to `dtype`, norms start at one and biases at zero:
     CLIP's own scheme, which scales with width and depth, would leave this narrow a tower without signal.
@@ -239,7 +237,6 @@ def build_model(
         name: one of `NAMES`.
         seed: seed of the weights.
         dtype: dtype of the weights, as torch has it or by name (`bfloat16`).
-        attention: attention backend, as transformers names it.
 
     Raises:
         ValueError: `name` is none of `NAMES`.
@@ -249,7 +246,7 @@ def build_model(
     config = build_config(name)
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     with torch.random.fork_rng(devices=[]):
-        model = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation=attention)
+        model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
