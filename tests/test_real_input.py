@@ -1,7 +1,7 @@
 """The command line on real input: real tokenizer, chat template and vocabulary, real problems and photographs.
 
-The model is small and random, so what it knows afterwards it learned here. Without the data these tests skip; those that
-train until the problems are known by heart take minutes and are marked slow.
+The model is small and random, so what it knows afterwards it learned here. Without the data these tests skip. Those
+that train until the problems are known by heart take minutes and are marked slow.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.real_data
 
 TINY = (
     *("--family", "qwen2_5_vl", "--hidden", "128", "--heads", "4", "--vision-hidden", "64"),
-    *("--image-size", "112", "--tie-word-embeddings"),
+    *("--image-size", "168", "--tie-word-embeddings"),
 )
 # Nothing here looks at what a logger or a checkpoint to resume from would keep.
 PLAIN = ("--logger", "{MLFlow: null}", "--callbacks.Progress", "null")

@@ -34,6 +34,7 @@ from lightning_vlm.models.parts import PartPolicy, apply_parts
 from lightning_vlm.models.policy import Policy
 from lightning_vlm.models.processor import load_processor
 from lightning_vlm.models.spec import Backbone
+from lightning_vlm.rollouts import Sampling
 from lightning_vlm.strategies.fsdp import shard_policy
 from lightning_vlm.strategies.sync import GradientSync, max_over_ranks, sum_over_ranks
 
@@ -57,7 +58,9 @@ class Algorithm(EvaluationMixin, L.LightningModule):
         micro_batch_tokens: padded tokens of one forward and backward; changes memory and speed, never the gradient.
         share_images: encode an image shown by several rows of a micro-batch once.
         master_weights: float32 master weights and optimizer state beside low-precision weights.
-        seed: every random draw of training is a function of it.
+        seed: every random draw of training, evaluation and prediction is a function of it.
+        sampling: how `lightning-vlm predict` draws answers; greedy by default.
+        samples: answers drawn per prompt by `lightning-vlm predict`.
     """
 
     encoding: ClassVar[Literal["conversation", "pair", "prompt"]] = "conversation"
@@ -82,6 +85,8 @@ class Algorithm(EvaluationMixin, L.LightningModule):
         share_images: bool = True,
         master_weights: bool = False,
         seed: int = 0,
+        sampling: Sampling | None = None,
+        samples: int = 1,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -91,6 +96,12 @@ class Algorithm(EvaluationMixin, L.LightningModule):
         self.schedule, self.warmup_steps, self.decay_fraction = schedule, warmup_steps, decay_fraction
         self.min_lr_ratio, self.clip_norm, self.master_weights = min_lr_ratio, clip_norm, master_weights
         self.micro_batch_tokens, self.share_images, self.seed = micro_batch_tokens, share_images, seed
+        self.sampling, self.samples = sampling or Sampling(), samples
+        if samples < 1 or (samples > 1 and self.sampling.greedy):
+            raise ValueError(
+                f"model.samples is {samples} with temperature {self.sampling.temperature}: greedy answers are all the "
+                "same; set model.sampling.temperature above 0, or samples to 1"
+            )
         self.policy: Policy | None = None
         self.processor = None
         self.clock = self.clock_before = self.batches_done = 0

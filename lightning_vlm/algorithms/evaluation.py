@@ -26,13 +26,13 @@ class EvaluationMixin:
     Attributes:
         records: evaluation name → per-example records of the evaluations that ran last, over all ranks.
         fresh_metrics: names of the metrics logged by the validation that ran last.
-        sampling: how `predict` samples; greedy by default. n: completions per prompt in `predict`.
+        sampling, samples: how `predict` draws, and how many answers per prompt.
     """
 
     records: dict[str, list[dict[str, Any]]]
     fresh_metrics: set[str]
-    sampling: Sampling = Sampling()
-    n: int = 1
+    sampling: Sampling
+    samples: int
 
     def evaluation_due(self, evaluation: Evaluation) -> bool:
         """Whether the clock crossed a multiple of the interval since this evaluation last ran, or the run ends here."""
@@ -110,7 +110,7 @@ class EvaluationMixin:
 
     def predict_step(self, batch: StepBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         """`id`, `sample`, `prompt`, `output`, `gold`, `finished` for every completion of every prompt."""
-        return self._answers(batch, self.sampling, self.n)
+        return self._answers(batch, self.sampling, self.samples)
 
     def _graded(self, evaluation: Any, batch: StepBatch) -> list[dict[str, Any]]:
         records = self._answers(batch, evaluation.sampling, evaluation.n)

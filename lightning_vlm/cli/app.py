@@ -135,7 +135,9 @@ def _run_stage(cli: StageCLI, command: str, ckpt: Path | None) -> Any:
     more = {"predict": {"return_predictions": False}, "validate": {"verbose": False}, "test": {"verbose": False}}
     path = None if ckpt is None else str(ckpt)
     try:
-        return getattr(cli.trainer, command)(model=cli.model, datamodule=cli.datamodule, ckpt_path=path, **more.get(command, {}))
+        return getattr(cli.trainer, command)(
+            model=cli.model, datamodule=cli.datamodule, ckpt_path=path, **more.get(command, {})
+        )
     except RuntimeError as err:
         if ckpt is None or "loading state_dict" not in str(err):
             raise

@@ -1,0 +1,31 @@
+"""One-line swaps: the world's data with every exported algorithm and both architectures, by changing one fragment."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lightning_vlm import algorithms
+from lightning_vlm.cli.main import main
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+FRAGMENTS = {p.stem: p for p in sorted((CONFIGS / "algorithm").glob("*.yaml"))}
+
+
+def test_every_exported_algorithm_has_a_fragment():
+    named = {yaml.safe_load(path.read_text())["model"]["class_path"] for path in FRAGMENTS.values()}
+    assert named == set(algorithms.__all__) - {"Algorithm"}
+
+
+@pytest.mark.parametrize("algorithm", FRAGMENTS)
+@pytest.mark.parametrize("model", ["qwen2_5_vl", "llava"])
+def test_the_worlds_data_with_every_algorithm(algorithm, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    files = [f"model/{model}-student", f"algorithm/{algorithm}", "data/world", "trainer/cpu", "logger/csv"]
+    words = [word for file in files for word in ("-c", file)]
+    small = ["--backbone.path", f"embedded:{model}-tiny", "--trainer.max_steps", "2", "--data.batch_size", "4"]
+    assert main(["fit", *words, *small, "--data.workers", "0", "--run_dir", "run"]) == 0
+    assert (tmp_path / "run/model/model.safetensors").is_file()
+    provenance = json.loads((tmp_path / "run/model/provenance.json").read_text())
+    assert provenance["step"] == 2
