@@ -80,7 +80,8 @@ def main() -> None:
     student = ("-c", f"model/{args.model}-student")
     run = args.run_dir
     fit("experiment/world-warmup", run / "warmup", *student)
-    steps = ("--trainer.max_steps", str(args.steps))
+    chains = 32 * int(0.7 * args.steps)  # a curriculum: chains of thought first, then 30 % direct answers
+    steps = ("--trainer.max_steps", str(args.steps), "--data.train.world.options.chains_first", str(chains))
     fit("experiment/world-sft", run / "sft", "--backbone.path", str(run / "warmup" / "model"), *steps)
     model = ("--backbone.path", str(run / "sft" / "model"))
     command("test", "-c", "experiment/world-test", "--run_dir", str(run / "test"), *model)

@@ -35,7 +35,8 @@ def build_optimizer(
     trainable = {part: [(n, p) for n, p in found if p.requires_grad] for part, found in named.items()}
     trainable = {part: found for part, found in trainable.items() if found}
     own = {part: parts.get(part) or PartPolicy() for part in trainable}
-    outer = (policy.model.get_input_embeddings(), policy.model.get_output_embeddings(), getattr(policy, "heads", None))
+    tables = [module for module in policy.modules() if isinstance(module, nn.Embedding)]  # positions, too
+    outer = (*tables, policy.head, getattr(policy, "heads", None))
     groups = parameter_groups(
         trainable,
         kind=kind,
