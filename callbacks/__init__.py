@@ -6,6 +6,7 @@ Names are imported when they are first used, so that one callback's dependencies
 from importlib import import_module
 
 _HOME = {
+    "BadSamples": "callbacks.bad_samples",
     "Benchmarks": "callbacks.benchmarks",
     "Checkpoint": "callbacks.checkpoint",
     "EntropyMonitor": "callbacks.entropy",

@@ -6,14 +6,17 @@ import difflib
 import os
 import re
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint as CheckpointBase
+from torch.distributed.checkpoint import CheckpointException
 
 from callbacks._clock import crossed
+from callbacks._monitor import refuse_unknown
 from lightning_vlm.export import export_checkpoint, make_provenance, save_model_directory
 from lightning_vlm.export.directory import replace_directory
 
@@ -67,6 +70,11 @@ class Checkpoint(CheckpointBase):
         """Take up what `state_dict` gave."""
         self.best_score, self.best_path = state_dict["best_score"], state_dict["best_path"]
         self._seen = state_dict["seen"]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a monitor whose benchmark does not exist, before anything is trained."""
+        if self.monitor is not None:
+            refuse_unknown("Checkpoint", self.monitor, trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -132,14 +140,16 @@ class Checkpoint(CheckpointBase):
         trainer.strategy.barrier()
         try:
             trainer.save_checkpoint(temporary, weights_only=False)
-        except OSError as err:
+        except (OSError, CheckpointException) as err:
             _delete(temporary)
             free = shutil.disk_usage(path.parent).free / 2**30
+            by_way = shutil.disk_usage(tempfile.gettempdir()).free / 2**30
             last = last_checkpoint(trainer.default_root_dir)
             kept = f"the previous checkpoint {last} is whole" if last else "there is no earlier checkpoint"
             raise OSError(
-                f"could not write checkpoint {path}: {err} ({free:.1f} GiB free); {kept}; free some space and go on "
-                f"with --run_dir {trainer.default_root_dir} --resume"
+                f"could not write checkpoint {path}: {_first_failure(err)} ({free:.1f} GiB free there, {by_way:.1f} in "
+                f"{tempfile.gettempdir()}); {kept}; free some space and go on with "
+                f"--run_dir {trainer.default_root_dir} --resume"
             ) from err
         if trainer.is_global_zero:
             if temporary.is_dir():
@@ -192,7 +202,8 @@ class SaveModel(Callback):
                 export_checkpoint(best, out, dtype=self.dtype)
         else:
             config = Path(trainer.default_root_dir) / "config.yaml"
-            provenance = make_provenance(pl_module.backbone.path, step=pl_module.clock, config_file=config)
+            more = {"adapter": pl_module.backbone.adapter} if pl_module.backbone.adapter else {}
+            provenance = make_provenance(pl_module.backbone.path, step=pl_module.clock, config_file=config, **more)
             save_model_directory(pl_module.policy, pl_module.processor, out, provenance, dtype=self.dtype)
         trainer.strategy.barrier()
         self.saved = out
@@ -200,6 +211,11 @@ class SaveModel(Callback):
 
 def _checkpoints(trainer: Trainer) -> list[Checkpoint]:
     return [c for c in trainer.callbacks if isinstance(c, Checkpoint)]
+
+
+def _first_failure(err: BaseException) -> BaseException:
+    """What went wrong on the first rank where something did."""
+    return next(iter(err.failures.values()))[0] if isinstance(err, CheckpointException) else err
 
 
 def _delete(path: Path) -> None:

@@ -9,6 +9,8 @@ from typing import Any, Literal
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from callbacks._monitor import refuse_unknown
+
 
 class TaskEarlyStopping(Callback):
     """Ends the run when a benchmark's metric has not improved for some of its own evaluations.
@@ -51,12 +53,7 @@ class TaskEarlyStopping(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a monitor whose benchmark does not exist, before anything is trained."""
-        names = list(getattr(trainer.datamodule, "evaluations", {}))
-        if not any(self.monitor.startswith(f"val/{name}/") for name in names):
-            raise ValueError(
-                f"TaskEarlyStopping: nothing will log monitor {self.monitor!r}; it must be val/<benchmark>/<metric> "
-                f"of one of these benchmarks: {', '.join(names) or 'none is configured'}"
-            )
+        refuse_unknown("TaskEarlyStopping", self.monitor, trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at a fresh value."""

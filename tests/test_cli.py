@@ -1,6 +1,7 @@
 """The command line: quick answers without heavy imports, errors in one line, and whole runs of a dummy module."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -326,7 +327,7 @@ def test_every_experiment_is_complete_and_says_what_it_is(name, monkeypatch):
     monkeypatch.setenv("LVLM_REAL_DATA", "data")
     checked([name])
     head = (ROOT / "configs" / f"{name}.yaml").read_text().split("\ninclude:")[0]
-    assert f"lightning-vlm fit -c {name}" in head and "Hardware" in head
+    assert re.search(f"lightning-vlm (fit|test) -c {name}", head) and "Hardware" in head
 
 
 def checked(names: list[str]) -> None:

@@ -29,7 +29,8 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, algorithm, processes,
         "dtype": "float32",
         "steps": STEPS,
         "batch_size": 4,
-        "workers": 1 if processes == 1 else 0,
+        # A killed process leaves its worker behind for some seconds: once is enough.
+        "workers": 1 if (algorithm, processes, kill_at) == ("SFT", 1, 3) else 0,
         "checkpoint": True,
         "settings": {"lr": 1e-2, "micro_batch_tokens": 200, "warmup_steps": 2, "optimizer": "muon"},
     }

@@ -176,7 +176,7 @@ def test_bad_directories(family, change, message_, directories, tmp_path):
 
 
 def test_bad_settings(directories):
-    with pytest.raises(ValueError, match="no such directory"):
+    with pytest.raises(ValueError, match="does not exist: give a model directory"):
         load_processor(Backbone(path="/no/such/place"))
     with pytest.raises(ValueError, match="CLIPImageProcessor has no max_pixels"):
         load_processor(Backbone(path=str(directories["llava_clip_qwen2"]), max_pixels=100))
@@ -207,5 +207,5 @@ def test_hub_id(directories, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
     assert load_processor(Backbone(path="some/model")).image_token == "<IMG_CONTEXT>"
     assert not any(pattern.endswith(("safetensors", "bin")) for pattern in asked["patterns"])
-    with pytest.raises(ValueError, match=r"neither a directory nor to be had from the hub: no connection$"):
+    with pytest.raises(ValueError, match=r"no directory here and not to be had from the hub: no connection$"):
         load_processor(Backbone(path="other/model"))

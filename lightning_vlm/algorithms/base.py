@@ -26,6 +26,7 @@ from lightning_vlm.algorithms.optimizer import PartOptimizer, Schedule, lr_facto
 from lightning_vlm.algorithms.totals import Micro, StepTotals
 from lightning_vlm.data.loading import StepBatch
 from lightning_vlm.losses.terms import objective
+from lightning_vlm.models.adapters import load_adapter_file
 from lightning_vlm.models.batch import ModelBatch, Row
 from lightning_vlm.models.collate import collate
 from lightning_vlm.models.families import family_of
@@ -90,6 +91,11 @@ class Algorithm(EvaluationMixin, L.LightningModule):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
+        if lr <= 0 or min(warmup_steps, clip_norm, weight_decay) < 0:
+            raise ValueError(
+                "model.lr must be positive, and warmup_steps, clip_norm and weight_decay not negative; got "
+                f"{lr}, {warmup_steps}, {clip_norm}, {weight_decay}"
+            )
         self.backbone, self.parts = backbone, parts or {}
         self.lr, self.optimizer, self.weight_decay = lr, optimizer, weight_decay
         self.betas, self.eps = betas, eps
@@ -137,6 +143,8 @@ class Algorithm(EvaluationMixin, L.LightningModule):
         check_vocabulary(model, self.processor)
         family = family_of(model)
         apply_parts(model, family, self.parts)
+        if self.backbone.adapter is not None:
+            load_adapter_file(model, self.backbone.adapter, self.parts)
         self.policy = Policy(model, family)
         self.extend_policy()
         if self.device_mesh is not None:
@@ -184,7 +192,7 @@ class Algorithm(EvaluationMixin, L.LightningModule):
         # Draws inside the model (dropout) depend on the step alone.
         torch.manual_seed(hash((self.seed, self.clock)) % 2**63)
         plan = micro_batches(items, self.micro_batch_tokens)
-        counts, rounds = self._agree(self.counts(items), len(plan))
+        counts, skipped, rounds = self._agree(self.counts(items), skipped, len(plan))
         optimizer.zero_grad()
         step = StepTotals()
         for index in range(rounds):
@@ -200,15 +208,17 @@ class Algorithm(EvaluationMixin, L.LightningModule):
         self._require_finite({"grad_norm": norms["total"]}, items)
         rates = self._step(optimizer)
         total = norms.pop("total")
-        self.guard.observe(self.clock, norms, images=any(row.images for item in items for row in item))
-        self._report(report | {"grad_norm": total, "skipped": float(skipped)}, norms, rates, step)
+        if any(counts.values()):  # an empty step says nothing about parts
+            self.guard.observe(self.clock, norms, images=any(row.images for item in items for row in item))
+        self._report(report | {"grad_norm": total, "skipped": skipped}, norms, rates, step)
 
-    def _agree(self, counts: dict[str, float], rounds: int) -> tuple[dict[str, float], int]:
-        """Counts over all ranks, and how many micro-batches every rank runs."""
-        counts = dict(zip(counts, sum_over_ranks(counts.values(), self.device), strict=True))
+    def _agree(self, counts: dict[str, float], skipped: int, rounds: int) -> tuple[dict[str, float], float, int]:
+        """Counts and skipped samples over all ranks, and how many micro-batches every rank runs."""
+        *sums, skipped = sum_over_ranks([*counts.values(), float(skipped)], self.device)
+        counts = dict(zip(counts, sums, strict=True))
         if self.sync.in_step:
             rounds = int(max_over_ranks([rounds], self.device)[0])
-        return counts, max(rounds, 1)
+        return counts, skipped, max(rounds, 1)
 
     def _collate(self, items: list[Item]) -> ModelBatch:
         rows = [row for item in items for row in item]

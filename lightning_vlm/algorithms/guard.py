@@ -22,7 +22,7 @@ class PartGuard:
     """
 
     def __init__(self, policy: Policy, clock: int) -> None:
-        self.policy, self.until = policy, clock + GUARD_STEPS
+        self.policy, self.until, self.done = policy, clock + GUARD_STEPS, False
         self.frozen = snapshot_frozen(policy)
         self.largest: dict[str, float] = {}
         self.saw_images = False
@@ -37,12 +37,13 @@ class PartGuard:
         Raises:
             ValueError: names the part and the setting to change.
         """
-        if clock > self.until:
+        if self.done:
             return
         self.saw_images = self.saw_images or images
         for part, norm in norms.items():
             self.largest[part] = max(norm, self.largest.get(part, 0.0))
-        if clock == self.until:
+        if clock >= self.until:
+            self.done = True
             check_frozen(self.policy, self.frozen, self.policy.family)
             needs_image = () if self.saw_images else ("vision", "projector")
             check_gradients({part: norm for part, norm in self.largest.items() if part not in needs_image})

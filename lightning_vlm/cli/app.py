@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import logging
 import os
-import re
 import shlex
 import sys
-import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -23,14 +22,21 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 import callbacks
-from callbacks.checkpoint import SaveModel, last_checkpoint
+from callbacks.checkpoint import SaveModel
 from callbacks.record import MLFLOW_RUN_FILE
 from lightning_vlm.cli import schema
 from lightning_vlm.cli.config import Config, nearest
+from lightning_vlm.cli.run_dir import checkpoint_to_load, choose_run_dir
 
 LOGGERS = {"MLFlow": "MLFlowLogger", "TensorBoard": "TensorBoardLogger", "WandB": "WandbLogger", "CSV": "CSVLogger"}
 EXPERIMENT = "lightning-vlm"
-ALWAYS = ("Progress", "RunRecord", "SaveModel", "Checkpoint")  # in every run, unless a configuration says `NAME: null`
+ALWAYS = (
+    "Progress",
+    "RunRecord",
+    "BadSamples",
+    "SaveModel",
+    "Checkpoint",
+)  # in every run, unless a configuration says `NAME: null`
 TRAINER_DEFAULTS = {"enable_model_summary": False, "use_distributed_sampler": False}
 
 
@@ -66,7 +72,10 @@ class StageCLI(LightningCLI):
         try:
             self.config = parser.parse_object(copy.deepcopy(args))
         except ArgumentError as err:
-            raise ValueError(str(err)) from err
+            cause: BaseException = err
+            while cause.__cause__ is not None:  # each wrapping repeats the whole configuration
+                cause = cause.__cause__
+            raise ValueError(str(cause)) from err
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The Trainer, with the run's callbacks, loggers and folder."""
@@ -96,7 +105,11 @@ def run(command: str, config: Config, options: dict[str, Any]) -> int:
     config_file = run_dir / ("config.yaml" if command == "fit" else f"{command}.yaml")
     defaults = run_defaults(run_dir, config_file, resuming="resume" in options)
     check(config, tree, classes, defaults)
+    if command == "fit" and all(tree["trainer"].get(key) in (None, -1) for key in ("max_steps", "max_epochs")):
+        raise ValueError("no end to the training: set trainer.max_steps (optimizer steps) or trainer.max_epochs")
     ckpt = checkpoint_to_load(command, run_dir, options)
+    if "resume" in options:
+        say(f"resuming from {ckpt}" if ckpt else f"nothing to resume in {run_dir}: starting from step 0")
 
     loggers = build_loggers(config, classes, defaults)
     observers = build_callbacks(config, defaults)
@@ -108,7 +121,14 @@ def run(command: str, config: Config, options: dict[str, Any]) -> int:
     say(f"run_dir: {run_dir}")
     write_config(cli, config, config_file)
 
-    results = _run_stage(cli, command, ckpt)
+    try:
+        results = _run_stage(cli, command, ckpt)
+    except BaseException as err:
+        if command == "fit" and ckpt is None and not getattr(cli.model, "clock", 1):
+            config_file.unlink(missing_ok=True)  # no run yet: what was wrong can be mended and tried again
+        if isinstance(err, OSError) and err.errno == errno.ENOSPC:
+            raise OSError(f"the disk of {run_dir} is full: free some space and start again ({err})") from err
+        raise
     if command == "fit":
         _say_what_next(cli.trainer, config_file)
     elif command != "predict":
@@ -141,7 +161,16 @@ def _run_stage(cli: StageCLI, command: str, ckpt: Path | None) -> Any:
     except RuntimeError as err:
         if ckpt is None or "loading state_dict" not in str(err):
             raise
-        raise ValueError(f"checkpoint {ckpt} does not fit the configured backbone and parts: {err}") from err
+        raise ValueError(
+            f"checkpoint {ckpt} does not fit the configured backbone and parts: give it those it was trained with "
+            f"({_few_lines(err)})"
+        ) from err
+
+
+def _few_lines(err: Exception) -> str:
+    """The first of the lines in which torch lists every tensor that does not fit."""
+    first, *rest = (" ".join(line.split()) for line in str(err).splitlines()[1:] if line.strip())
+    return first[:200] + (f"; {len(rest)} more" if rest else "")
 
 
 def resolve_classes(config: Config) -> dict[tuple[str, ...], type]:
@@ -282,56 +311,6 @@ def instantiate(cls: type, kwargs: dict[str, Any]) -> Any:
     return parser.instantiate_classes(parsed).it
 
 
-def choose_run_dir(command: str, config: Config) -> Path:
-    """`run_dir`, or runs/<experiment>-<time>; the same in every process of the run.
-
-    Raises:
-        ValueError: several processes that were started from outside cannot agree on a time; they need `--run_dir`.
-    """
-    given = config.tree.get("run_dir")
-    if given is not None:
-        return Path(str(given))
-    if int(os.environ.get("LOCAL_RANK", 0)) > 0 and "LVLM_RUN_DIR" in os.environ:
-        return Path(os.environ["LVLM_RUN_DIR"])  # started by rank 0 on this machine
-    stamp = os.environ.get("SLURM_JOB_ID")
-    if stamp is None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("processes started from outside need one folder: give --run_dir DIR")
-    first = config.files[-1] if config.files else Path("run")
-    name = re.sub(r"-\d{8}-\d{6}$", "", first.parent.name) if first.stem == "config" else first.stem
-    name = name if command == "fit" else f"{name}-{command}"
-    run_dir = Path("runs") / f"{name}-{stamp or time.strftime('%Y%m%d-%H%M%S')}"
-    os.environ["LVLM_RUN_DIR"] = str(run_dir)
-    return run_dir
-
-
-def checkpoint_to_load(command: str, run_dir: Path, options: dict[str, Any]) -> Path | None:
-    """The checkpoint that `--resume` or `--ckpt` means.
-
-    Raises:
-        FileNotFoundError: the named checkpoint is not there.
-        ValueError: `run_dir` holds a run and `--resume` was not given; or a model directory was given as `--ckpt`.
-    """
-    if command == "fit" and "resume" not in options:
-        if rank_zero_only.rank == 0 and (run_dir / "config.yaml").exists():
-            raise ValueError(
-                f"{run_dir} holds a run already: add --resume to go on with it, or choose another --run_dir"
-            )
-        return None
-    named = options.get("resume" if command == "fit" else "ckpt")
-    if named is None and command == "fit":
-        last = last_checkpoint(run_dir)
-        say(f"resuming from {last}" if last else f"nothing to resume in {run_dir}: starting from step 0")
-        return last
-    if named is None:
-        return None
-    path = Path(named)
-    if not path.exists():
-        raise FileNotFoundError(f"no checkpoint '{named}'")
-    if (path / "config.json").exists():
-        raise ValueError(f"'{named}' is a model directory, not a checkpoint: give it as --backbone.path {named}")
-    return path
-
-
 def write_config(cli: StageCLI, config: Config, path: Path) -> None:
     """Write the resolved configuration, defaults of model and data filled in, such that `-c` runs it again."""
     if rank_zero_only.rank != 0:
@@ -384,6 +363,8 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*custom batch sampler.*")
     warnings.filterwarnings("ignore", message=".*Total length of `list` across ranks is zero.*")  # nothing to validate
+    # Ours say by themselves where to go on.
+    warnings.filterwarnings("ignore", message=".*resuming from a checkpoint that ended before the epoch ended.*")
     if not sys.stderr.isatty():
         from transformers.utils import logging as transformers_logging
 

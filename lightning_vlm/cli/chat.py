@@ -6,12 +6,12 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from lightning_vlm.cli.arguments import Parser
+
 
 def main(command: str, argv: list[str]) -> int:
     """Answer one prompt, or every line typed; the conversation is kept until an empty line."""
-    parser = argparse.ArgumentParser(
-        prog=f"lightning-vlm {command}", description="Talk to a model about images; an empty line ends."
-    )
+    parser = Parser(prog=f"lightning-vlm {command}", description="Talk to a model about images; an empty line ends.")
     parser.add_argument("model", help="model directory, hub id or embedded:NAME")
     parser.add_argument("--image", action="append", default=[], metavar="FILE", help="shown before the first question")
     parser.add_argument("--prompt", help="ask this one question instead of a conversation")
@@ -49,9 +49,9 @@ class Chat:
 
     def __init__(self, args: argparse.Namespace) -> None:
         import torch
-        from PIL import Image
 
         from lightning_vlm.data.encode import Encoder
+        from lightning_vlm.data.images import load_image
         from lightning_vlm.models.families import family_of
         from lightning_vlm.models.load import load_model
         from lightning_vlm.models.policy import Policy
@@ -66,7 +66,7 @@ class Chat:
         self.encoder = Encoder(processor, max_length=1 << 20)
         self.engine = HFEngine(Policy(model, family_of(model)), processor)
         self.sampling = Sampling(max_new_tokens=args.max_new_tokens, temperature=args.temperature)
-        self.images = [Image.open(file).convert("RGB") for file in args.image]
+        self.images = [load_image(file) for file in args.image]
         self.seed = args.seed
         self.messages: list[dict[str, Any]] = []
 

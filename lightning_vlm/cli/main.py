@@ -20,7 +20,7 @@ COMMANDS = {
     "validate": ("lightning_vlm.cli.stage", "evaluate on the validation benchmarks: -c FILE [--ckpt FILE]"),
     "test": ("lightning_vlm.cli.stage", "evaluate on the test benchmarks: -c FILE [--ckpt FILE]"),
     "predict": ("lightning_vlm.cli.stage", "write the model's answers as JSONL: -c FILE [--ckpt FILE] [--out FILE]"),
-    "export": ("lightning_vlm.cli.export", "checkpoint to Hugging Face model directory: CKPT --out DIR"),
+    "export": ("lightning_vlm.cli.export", "checkpoint to Hugging Face model directory, or --adapter: CKPT --out DIR"),
     "chat": ("lightning_vlm.cli.chat", "talk to a model about an image: DIR --image FILE [--prompt TEXT]"),
 }
 PACKAGES = tuple(str(Path(__file__).resolve().parents[2] / name) + os.sep for name in ("lightning_vlm", "callbacks"))
@@ -75,20 +75,36 @@ def _dispatch(args: list[str]) -> int:
 
 def is_user_error(err: Exception) -> bool:
     """Whether the error says what the user can mend; anything else is a bug and keeps its traceback."""
-    misconfigured = any(c.__name__ == "MisconfigurationException" for c in type(err).__mro__)
-    return isinstance(err, ValueError | OSError) or misconfigured
+    named = {c.__name__ for c in type(err).__mro__} & {"MisconfigurationException", "MlflowException"}
+    return isinstance(err, ValueError | OSError) or bool(named)
 
 
 def one_line(err: Exception) -> str:
     """The error's text in one line, with where it was raised if that was in another library."""
-    text = " ".join(str(err).split()) or type(err).__name__
+    err = own_cause(err)
+    text = str(err)
+    if "in DataLoader worker process" in text:  # a traceback as text; its last line is the error
+        text = text.strip().splitlines()[-1].partition(": ")[2]
+    text = " ".join(text.split()) or type(err).__name__
     if isinstance(err, OSError) and err.strerror and err.filename is not None:
         text = f"{err.strerror}: {err.filename}"
-    frames = traceback.extract_tb(err.__traceback__)
-    if frames and not frames[-1].filename.startswith(PACKAGES):
-        last = frames[-1]
+    if not _is_own(err):
+        last = traceback.extract_tb(err.__traceback__)[-1]
         text += f" (from {Path(last.filename).name}:{last.lineno}; --traceback shows the way there)"
     return text
+
+
+def own_cause(err: BaseException) -> BaseException:
+    """The error this package raised where another library wrapped it in a longer one; else the error itself."""
+    cause: BaseException | None = err
+    while cause is not None and not _is_own(cause):
+        cause = cause.__cause__
+    return cause or err
+
+
+def _is_own(err: BaseException) -> bool:
+    frames = traceback.extract_tb(err.__traceback__)
+    return not frames or frames[-1].filename.startswith(PACKAGES)
 
 
 if __name__ == "__main__":

@@ -132,6 +132,8 @@ def check_value(value: Any, hint: Any, path: KeyPath, config: Config) -> None:
         return check_arguments(hint, value, path, config)
     if not _fits(value, hint, origin, args):
         raise config.error(path, f"expected {pretty(hint)}, got {value!r}")
+    if origin is tuple and Ellipsis not in args and len(value) != len(args):
+        raise config.error(path, f"expected a list of {len(args)} values, got {value!r}")
     if origin in (list, collections.abc.Sequence, collections.abc.Iterable, set, tuple) and isinstance(value, list):
         for i, item in enumerate(value):
             inner = args[0] if len(args) == 1 or args[-1] is Ellipsis else args[i] if i < len(args) else Any

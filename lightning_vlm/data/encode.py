@@ -288,7 +288,7 @@ class Encoder:
                     f"{length} tokens, and max_length {limit} would cut an image: raise max_length or lower max_pixels",
                 )
             if self.truncate == "never" or not scored or scored[-1].start >= limit:
-                raise BadSample(sample.id, "too_long", f"{length} tokens, more than max_length {limit}")
+                raise BadSample(sample.id, "too_long", f"{length} tokens, more than max_length {limit}: raise it")
         mask = torch.zeros(length, dtype=torch.bool)
         for span in scored:
             mask[span.start : span.stop] = True

@@ -57,7 +57,8 @@ def load_image(source: Any, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         image.load()
         return _rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError as error:
-        raise BadImage("missing_image", f"{name} does not exist ({error.filename or error})") from error
+        where = "" if isinstance(source, str | os.PathLike) else f" ({error.filename or error})"
+        raise BadImage("missing_image", f"{name} does not exist{where}") from error
     except BadImage:
         raise
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

@@ -111,30 +111,16 @@ def _light(sample: Sample) -> Sample:
     return Sample(sample.id, sample.messages, [], sample.rejected, sample.answer, sample.source, info)
 
 
-class Collate:
-    """Joins a step's encoded samples; with `on_bad_sample="error"` the first bad one stops the run.
-
-    Args:
-        on_bad_sample: `error` or `skip` (counted and reported).
-    """
-
-    def __init__(self, on_bad_sample: str) -> None:
-        self.on_bad_sample = on_bad_sample
-
-    def __call__(self, encoded: list[Any]) -> StepBatch:
-        batch = StepBatch([], [])
-        for entry in encoded:
-            if isinstance(entry, BadSample):
-                batch.skipped.append((entry.id, entry.reason, entry.detail))
-            else:
-                batch.samples.append(entry[0])
-                batch.items.append(entry[1])
-        if batch.skipped and self.on_bad_sample == "error":
-            id, reason, detail = batch.skipped[0]
-            raise BadSample(
-                id, reason, f"{detail} (mend the data, or set data.on_bad_sample: skip to leave out such samples)"
-            )
-        return batch
+def join(encoded: list[Any]) -> StepBatch:
+    """Joins a step's encoded samples; those that cannot be used are listed apart."""
+    batch = StepBatch([], [])
+    for entry in encoded:
+        if isinstance(entry, BadSample):
+            batch.skipped.append((entry.id, entry.reason, entry.detail))
+        else:
+            batch.samples.append(entry[0])
+            batch.items.append(entry[1])
+    return batch
 
 
 class RankShard:

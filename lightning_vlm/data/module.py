@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import gcd
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import lightning as L
 import torch
 from torch.utils.data import DataLoader
 
 from lightning_vlm.data.encode import Encoder
-from lightning_vlm.data.loading import Collate, DueLoader, EncodedDataset, RankShard, StepSampler
+from lightning_vlm.data.loading import DueLoader, EncodedDataset, RankShard, StepBatch, StepSampler, join
 from lightning_vlm.data.mixture import Mixture
-from lightning_vlm.data.schema import Sample
+from lightning_vlm.data.schema import BadSample, Sample
 from lightning_vlm.data.sources import SourceSpec, open_source
 from lightning_vlm.models.batch import Row
 from lightning_vlm.models.processor import load_processor
@@ -69,10 +69,14 @@ class VLMData(L.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if batch_size < 1 or eval_batch_size < 1:
-            raise ValueError(
-                f"data.batch_size and data.eval_batch_size must be at least 1, got {batch_size}, {eval_batch_size}"
-            )
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("eval_batch_size", eval_batch_size, 1),
+            ("workers", workers, 0),
+            ("max_length", max_length, 1),
+        ):
+            if value < least:
+                raise ValueError(f"data.{name} must be at least {least}, got {value}")
         self.backbone, self.train_specs, self.predict_specs = backbone, train or {}, predict or {}
         self.batch_size, self.eval_batch_size, self.workers = batch_size, eval_batch_size, workers
         self.max_length, self.on_bad_sample, self.shuffle, self.seed = max_length, on_bad_sample, shuffle, seed
@@ -93,7 +97,7 @@ class VLMData(L.LightningDataModule):
         if stage == "fit" and self.train_samples is None:
             if not self.train_specs:
                 raise ValueError("nothing to train on: give data.train at least one named source")
-            sources = open_named(self.train_specs, for_training=True)
+            sources = open_named("data.train", self.train_specs, for_training=True)
             weights = [spec.weight for spec in self.train_specs.values()]
             self.train_samples = Mixture(sources, weights, seed=self.seed)
             self._bound_by_steps()
@@ -147,10 +151,12 @@ class VLMData(L.LightningDataModule):
             start=lambda: module.batches_done,
         )
         dataset = EncodedDataset(self.train_samples, self._encode(module.encoding))
-        return self._loader(dataset, sampler, self.on_bad_sample)
+        return self._loader(dataset, sampler)
 
     def val_dataloader(self) -> list[DueLoader]:
         """One loader per registered evaluation, in registration order."""
+        if not self.evaluations and self.trainer.state.fn != "fit":
+            raise ValueError("nothing to evaluate: name benchmarks under `callbacks`, such as -c callbacks/world")
         return [DueLoader(self._eval_loader(e), lambda e=e: self.due(e)) for e in self.evaluations.values()]
 
     def test_dataloader(self) -> list[DueLoader]:
@@ -161,11 +167,21 @@ class VLMData(L.LightningDataModule):
         """Prompts of `data.predict` in order."""
         if not self.predict_specs:
             raise ValueError("nothing to predict on: give data.predict at least one named source")
-        samples = Mixture(open_named(self.predict_specs, for_training=False), None)
+        samples = Mixture(open_named("data.predict", self.predict_specs, for_training=False), None)
         return self._prompt_loader(samples, "prompt")
 
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Batches stay on the host; micro-batches travel to the device one at a time."""
+    def transfer_batch_to_device(self, batch: StepBatch, device: torch.device, dataloader_idx: int) -> StepBatch:
+        """Batches stay on the host; micro-batches travel to the device one at a time.
+
+        Raises:
+            BadSample: a sample cannot be used; here, because an error in a worker would arrive as another one.
+        """
+        if batch.skipped and not (self.trainer.training and self.on_bad_sample == "skip"):
+            remedy = "mend the data, or set data.on_bad_sample: skip to leave out such samples"
+            if not self.trainer.training:  # a benchmark with an item left out is another benchmark
+                remedy = "mend the data, or take the sample out: evaluation and prediction leave out nothing"
+            id, reason, detail = batch.skipped[0]
+            raise BadSample(id, reason, f"{detail} ({remedy})")
         return batch
 
     def _encode(self, encoding: Encoding) -> Callable[[Sample], list[Row]]:
@@ -181,14 +197,13 @@ class VLMData(L.LightningDataModule):
 
     def _prompt_loader(self, samples: Sequence[Sample], encoding: Encoding) -> DataLoader:
         sampler = RankShard(len(samples), self.eval_batch_size, rank=self._rank, world=self._world)
-        # A benchmark with an item left out is another benchmark: evaluation never skips.
-        return self._loader(EncodedDataset(samples, self._encode(encoding)), sampler, "error", persistent=False)
+        return self._loader(EncodedDataset(samples, self._encode(encoding)), sampler, persistent=False)
 
-    def _loader(self, dataset, sampler, on_bad_sample: str, persistent: bool = True) -> DataLoader:
+    def _loader(self, dataset, sampler, persistent: bool = True) -> DataLoader:
         return DataLoader(
             dataset,
             batch_sampler=sampler,
-            collate_fn=Collate(on_bad_sample),
+            collate_fn=join,
             num_workers=self.workers,
             persistent_workers=persistent and self.workers > 0,
         )
@@ -202,9 +217,20 @@ class VLMData(L.LightningDataModule):
         return self.trainer.world_size
 
 
-def open_named(specs: dict[str, SourceSpec], *, for_training: bool) -> list[Sequence[Sample]]:
-    """Open named sources; a source without a label of its own takes its name, so that ids do not collide."""
-    return [open_source(replace(s, label=s.label or name), for_training=for_training) for name, s in specs.items()]
+def open_named(key: str, specs: dict[str, SourceSpec], *, for_training: bool) -> list[Sequence[Sample]]:
+    """Open named sources; a source without a label of its own takes its name, so that ids do not collide.
+
+    Args:
+        key: where the sources stand in the configuration, to begin errors with.
+        specs: name → what to open. for_training: whether something learns from them.
+    """
+    sources = []
+    for name, spec in specs.items():
+        try:
+            sources.append(open_source(replace(spec, label=spec.label or name), for_training=for_training))
+        except ValueError as err:
+            raise ValueError(f"{key}.{name}: {err}") from err
+    return sources
 
 
 class _One:

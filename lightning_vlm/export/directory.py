@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 from transformers.utils import logging
@@ -97,24 +98,42 @@ def save_model_directory(
     state = full_state_dict(model, dtype)
     if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
         return out
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
+    with whole_directory(out) as temporary:
         with _no_progress_bar():
             _shell(model, state).save_pretrained(temporary, state_dict=state)
         _write_generation_config(model, processor, temporary)
         processor.save(temporary)
         facts = {**provenance, "hash": weights_hash(temporary)}
         (temporary / PROVENANCE_FILE).write_text(json.dumps(facts, indent=2) + "\n")
+    return out
+
+
+@contextmanager
+def whole_directory(out: Path) -> Iterator[Path]:
+    """A temporary directory that becomes `out` once all in it is written; otherwise nothing of it is left behind.
+
+    Args:
+        out: replaced if it is there.
+
+    Raises:
+        OSError: the disk is full or the place not writable.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
     except BaseException as err:
         shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(err, OSError):
+        if isinstance(err, OSError | SafetensorError):
             free = shutil.disk_usage(out.parent).free / 2**30
-            raise OSError(f"could not write model directory {out}: {err} ({free:.1f} GiB free)") from err
+            raise OSError(
+                f"could not write {out}: {err} ({free:.1f} GiB free); free some space, then `lightning-vlm export` "
+                "makes it from a checkpoint of the run"
+            ) from err
         raise
     replace_directory(temporary, out)
-    return out
 
 
 def replace_directory(source: Path, target: Path) -> None:

@@ -86,7 +86,7 @@ NAMES = tuple(f"{architecture}-{size}" for architecture in ARCHITECTURES for siz
 
 def _split(name: str) -> tuple[str, _Size]:
     if name not in NAMES:
-        raise ValueError(f"no embedded model is named {name!r}; choose one of {', '.join(NAMES)}")
+        raise ValueError(f"backbone.path: no embedded model is named {name!r}; choose one of {', '.join(NAMES)}")
     architecture, size = name.rsplit("-", 1)
     return architecture, SIZES[size]
 

@@ -8,6 +8,7 @@ from types import MethodType
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
@@ -42,17 +43,19 @@ def _pretrained(backbone: Backbone, dtype: torch.dtype) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(backbone.path, **remote)
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"no model {backbone.path!r}: it is no directory here and no hub id that can be loaded "
-            f"({_first_line(error)}); check backbone.path, or download the model first"
-        ) from error
+        what = "is no directory here and not to be had from the hub"
+        if Path(backbone.path).expanduser().is_dir():
+            what = "has a config.json that cannot be used"
+        raise ValueError(f"backbone.path {backbone.path!r} {what}: {_first_line(error)}") from error
     family_of(config)
     try:
         model, report = AutoModelForImageTextToText.from_pretrained(
             backbone.path, config=config, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, **remote
         )
-    except OSError as error:
-        raise ValueError(f"cannot load weights from {backbone.path!r}: {_first_line(error)}") from error
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"backbone.path {backbone.path!r} has no weights that can be loaded: {_first_line(error)}"
+        ) from error
     for kind in ("missing_keys", "mismatched_keys"):
         if names := sorted(str(name) for name in report[kind]):
             raise ValueError(
@@ -71,11 +74,13 @@ def check_path(path: str) -> None:
     place = Path(path).expanduser()
     if place.is_dir():
         if not (place / "config.json").is_file():
-            raise ValueError(f"{path!r} is no model directory: it has no config.json")
+            raise ValueError(f"backbone.path {path!r} is no model directory: it has no config.json")
     elif place.exists():
-        raise ValueError(f"{path!r} is a file: give the model directory it is in")
+        raise ValueError(f"backbone.path {path!r} is a file: give the model directory it is in")
     elif path.startswith((".", "/", "~")) or path.count("/") > 1:
-        raise ValueError(f"no model directory at {path!r}: check backbone.path")
+        raise ValueError(
+            f"backbone.path {path!r} does not exist: give a model directory, a hub id (owner/name) or embedded:NAME"
+        )
 
 
 def check_vocabulary(model: PreTrainedModel, processor: Any) -> None:
@@ -88,16 +93,16 @@ def check_vocabulary(model: PreTrainedModel, processor: Any) -> None:
     Raises:
         ValueError: ids without an embedding, or two opinions on the image placeholder.
     """
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows, where = model.get_input_embeddings().weight.shape[0], model.name_or_path or type(model).__name__
     if processor.vocab_size > rows:
         raise ValueError(
-            f"the tokenizer has {processor.vocab_size} ids, the model embeds {rows}: take the tokenizer from the "
-            "model's own directory"
+            f"the tokenizer has {processor.vocab_size} ids, the model {where} embeds {rows}: put the tokenizer that "
+            "belongs to the model into its directory"
         )
     if processor.image_token_id != model.config.image_token_id:
         raise ValueError(
-            f"the processor's image placeholder is id {processor.image_token_id}, the model's "
-            f"{model.config.image_token_id}: take the processor from the model's own directory"
+            f"the processor's image placeholder is id {processor.image_token_id}, that of the model {where} "
+            f"{model.config.image_token_id}: put the processor that belongs to the model into its directory"
         )
 
 

@@ -39,6 +39,11 @@ class PartPolicy:
     lora_alpha: float | None = None
     checkpoint: bool = False
 
+    @property
+    def alpha(self) -> float:
+        """LoRA's α in force."""
+        return self.lora_alpha or 2.0 * self.lora_rank
+
 
 @dataclass(frozen=True)
 class PartRow:
@@ -112,7 +117,7 @@ def apply_parts(
         if policy.checkpoint and not any(part_of(name, family) == part for name in found):
             raise ValueError(f"parts.{part}.checkpoint has no effect: the part has no repeated blocks")
     ranks = {
-        name: (policy.lora_rank, policy.lora_alpha or 2.0 * policy.lora_rank)
+        name: (policy.lora_rank, policy.alpha)
         for part, policy in parts.items()
         if policy.lora_rank
         for name in _linear_layers(model, family, part, set(off_graph))

@@ -22,6 +22,7 @@ from PIL import Image
 from transformers import AutoTokenizer, ProcessorMixin
 
 from lightning_vlm.models.batch import ImageInput
+from lightning_vlm.models.load import check_path
 
 if TYPE_CHECKING:
     from lightning_vlm.models.spec import Backbone
@@ -307,8 +308,7 @@ def _directory(path: str) -> Path:
     local = Path(path).expanduser()
     if local.is_dir():
         return local
-    if local.is_absolute() or path.startswith((".", "~")) or path.count("/") != 1:
-        raise ValueError(f"backbone.path {path!r}: no such directory")
+    check_path(path)
     from huggingface_hub import snapshot_download
 
     try:
@@ -316,7 +316,7 @@ def _directory(path: str) -> Path:
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"backbone.path {path!r} is neither a directory nor to be had from the hub: {first}"
+            f"backbone.path {path!r} is no directory here and not to be had from the hub: {first}"
         ) from error
 
 
@@ -340,6 +340,7 @@ def _class_name(source: Path, settings: dict[str, Any]) -> str:
     kind = _json(source / "config.json").get("model_type")
     if kind in PROCESSOR_MAPPING_NAMES:
         return PROCESSOR_MAPPING_NAMES[kind]
+    check_path(str(source))
     raise ValueError(
         f"{source} names no processor: neither processor_class in processor_config.json or preprocessor_config.json, "
         f"nor a known model_type in config.json ({kind!r})"

@@ -24,6 +24,8 @@ class Backbone:
         max_pixels: upper bound on an image's pixels where the image processor has one; None keeps the model's own.
         min_pixels: lower bound, likewise.
         chat_template: path of a jinja file that replaces the model's chat template.
+        adapter: adapter file (or its directory) to start from, LoRA matrices or a projector, as `lightning-vlm export
+            CKPT --adapter` writes it; the parts need the LoRA settings it was trained with.
 
     Raises:
         ValueError: an empty path, or an unknown dtype or attention backend.
@@ -37,6 +39,7 @@ class Backbone:
     max_pixels: int | None = None
     min_pixels: int | None = None
     chat_template: str | None = None
+    adapter: str | None = None
 
     def __post_init__(self) -> None:
         if not self.path:

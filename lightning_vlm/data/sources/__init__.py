@@ -110,7 +110,7 @@ def open_source(spec: SourceSpec, *, for_training: bool) -> Sequence[Sample]:
     extra = {"for_training": for_training} if spec.kind == "coco" else {}
     source = kind.open(spec, label, **extra)
     if len(source) == 0:
-        raise ValueError(f"data source {label!r} is empty")
+        raise ValueError(f"data source {label!r} is empty; choose another split or file, or leave it out")
     if spec.limit is not None and spec.limit < len(source):
         return Subset(source, range(spec.limit))
     return source

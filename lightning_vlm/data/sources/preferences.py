@@ -22,7 +22,7 @@ from lightning_vlm.data.sources.spec import SourceSpec
 from lightning_vlm.data.sources.tables import Row, open_table, require
 
 _PROMPTS = ("prompt", "question", "conversations")
-_REMEDY = "make pairs by sampling with `lightning-vlm predict` and judging the outputs, or "
+_REMEDY = "make it from a model's own answers (`lightning-vlm predict -c FILE --out answers.jsonl`, column output), or "
 
 
 @dataclass(frozen=True)

@@ -211,7 +211,7 @@ def open_table(spec: SourceSpec, *, default_split: str | None = None) -> Table:
             raise ValueError(f"`name: {spec.name}` chooses a configuration of a hub data set, but {spec.path} is local")
         table = _file_table(*data_files(path, spec.split, default_split))
     if len(table) == 0:
-        raise ValueError(f"{table.where} is empty: it has no rows")
+        raise ValueError(f"{table.where} is empty: it has no rows; give a file that has some, or leave the source out")
     return RenamedTable(table, spec.columns)
 
 

@@ -1,0 +1,104 @@
+"""Adapter files: the few tensors that were trained beside a frozen model, LoRA matrices or a projector."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .lora import is_lora, load_adapter
+from .parts import PartPolicy, part_parameters
+from .policy import Policy
+
+ADAPTER_FILE = "adapter.safetensors"
+_FACTS = "lightning_vlm"  # the file's own metadata: by which settings it was trained
+
+
+def trained_tensors(policy: Policy) -> dict[str, Tensor]:
+    """{name: tensor} of what trains, where that is LoRA matrices or the projector and nothing else.
+
+    Raises:
+        ValueError: another part is trained in full.
+    """
+    tensors = {}
+    for part, params in part_parameters(policy, policy.family).items():
+        for name, param in params:
+            if not param.requires_grad:
+                continue
+            if part != "projector" and not is_lora(name):
+                raise ValueError(
+                    f"part {part} is trained in full, so there is no adapter to export: export the whole model "
+                    f"(without --adapter), or train with parts.{part}.freeze or parts.{part}.lora_rank"
+                )
+            tensors[name] = param.detach().contiguous()
+    return tensors
+
+
+def save_adapter(
+    path: Path, policy: Policy, parts: Mapping[str, PartPolicy], *, dtype: torch.dtype | None = None
+) -> None:
+    """Write an adapter file; what its tensors mean nothing without, architecture and LoRA settings, stands in it.
+
+    Args:
+        path: file to write. policy: its trained tensors. parts: settings they were trained with.
+        dtype: of the written tensors; as trained by default.
+
+    Raises:
+        ValueError: as `trained_tensors`.
+    """
+    tensors = {name: tensor.cpu().to(dtype or tensor.dtype) for name, tensor in trained_tensors(policy).items()}
+    lora = {part: settings for part, own in parts.items() if (settings := _lora(own))["lora_rank"]}
+    facts = {"model_type": policy.model.config.model_type, "parts": lora}
+    save_file(tensors, path, metadata={"format": "pt", _FACTS: json.dumps(facts)})
+
+
+def load_adapter_file(model: PreTrainedModel, path: str, parts: Mapping[str, PartPolicy]) -> None:
+    """Start a model, to which `parts` were applied, from an adapter file.
+
+    Args:
+        model: changed in place.
+        path: the file, or the directory that holds `adapter.safetensors`; any safetensors file with tensors under the
+            model's own names will do.
+        parts: settings of the run.
+
+    Raises:
+        ValueError: no such file, none of safetensors, one for another architecture, other LoRA settings than the run's,
+            or tensors for a model of another width.
+    """
+    file = Path(path).expanduser()
+    file = file / ADAPTER_FILE if file.is_dir() else file
+    if not file.is_file():
+        raise ValueError(f"backbone.adapter {path!r}: no such file; `lightning-vlm export CKPT --adapter` writes one")
+    try:
+        state = load_file(file)
+        with safe_open(file, framework="pt") as content:
+            facts: dict[str, Any] = json.loads((content.metadata() or {}).get(_FACTS, "{}"))
+    except SafetensorError as error:
+        raise ValueError(f"backbone.adapter {path!r} is no safetensors file, or was cut off: {error}") from error
+    kind = model.config.model_type
+    if facts.get("model_type", kind) != kind:
+        raise ValueError(f"backbone.adapter {path!r} is for a {facts['model_type']} model, backbone.path is a {kind}")
+    for part, trained in facts.get("parts", {}).items():
+        for name, value in trained.items():
+            now = _lora(parts.get(part, PartPolicy()))[name]
+            if now != value:
+                raise ValueError(
+                    f"backbone.adapter {path!r} was trained with parts.{part}.{name} {value:g}, but here it is {now:g}:"
+                    " set it to the same"
+                )
+    try:
+        load_adapter(model, state)
+    except ValueError as error:
+        raise ValueError(f"backbone.adapter {path!r}: {error}") from error
+
+
+def _lora(policy: PartPolicy) -> dict[str, float]:
+    """Rank and α in force, by the names of their settings."""
+    return {"lora_rank": policy.lora_rank, "lora_alpha": policy.alpha}
