@@ -12,7 +12,7 @@ export MLFLOW_DISABLE_TELEMETRY ?= true
 help:
 	@echo "make demo       train, evaluate and print a table on the embedded world (minutes, no GPU, no downloads but pip)"
 	@echo "make test       lint, layer rules, tests"
-	@echo "make test-slow  the long tests too"
+	@echo "make test-slow  the long tests (minutes each)"
 	@echo "make format     format the code"
 	@echo "make clean      remove .venv and what runs left behind"
 
@@ -37,8 +37,8 @@ lint: $(STAMP)
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
-test-slow: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+test-slow: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -23,6 +23,14 @@ def real_data() -> Path:
     return Path(path)
 
 
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    return datasets
+
+
 def free_port() -> int:
     """A TCP port nobody listens on."""
     with socket.socket() as s:

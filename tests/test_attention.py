@@ -227,9 +227,9 @@ def test_check_vocabulary():
     model = tiny("llava")
     check_vocabulary(model, SimpleNamespace(vocab_size=64, image_token_id=IMAGE))
     check_vocabulary(model, SimpleNamespace(vocab_size=62, image_token_id=IMAGE))
-    with pytest.raises(ValueError, match="the tokenizer has 65 ids, the model .* embeds 64"):
+    with pytest.raises(ValueError, match=r"the tokenizer has 65 ids, the model .* embeds 64"):
         check_vocabulary(model, SimpleNamespace(vocab_size=65, image_token_id=IMAGE))
-    with pytest.raises(ValueError, match="placeholder is id 59, that of the model .* 60"):
+    with pytest.raises(ValueError, match=r"placeholder is id 59, that of the model .* 60"):
         check_vocabulary(model, SimpleNamespace(vocab_size=64, image_token_id=59))
 
 

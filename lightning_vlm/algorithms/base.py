@@ -291,9 +291,12 @@ class Algorithm(EvaluationMixin, L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Plain facts only, so that checkpoints load with `weights_only`."""
+        start = Path(self.backbone.path)
+        # A relative directory means nothing to who exports from elsewhere.
+        path = str(start.resolve()) if start.is_dir() else self.backbone.path
         checkpoint["lightning_vlm"] = {
             "algorithm": f"{type(self).__module__}.{type(self).__qualname__}",
-            "backbone": dict(vars(self.backbone)),
+            "backbone": dict(vars(self.backbone)) | {"path": path},
             "parts": {name: dict(vars(policy)) for name, policy in self.parts.items()},
             "step": self.clock,
             "batches_done": self.batches_done,
