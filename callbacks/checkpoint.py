@@ -141,7 +141,7 @@ class Checkpoint(CheckpointBase):
         try:
             trainer.save_checkpoint(temporary, weights_only=False)
         except (OSError, CheckpointException) as err:
-            _delete(temporary)
+            self._remove(trainer, temporary)
             free = shutil.disk_usage(path.parent).free / 2**30
             by_way = shutil.disk_usage(tempfile.gettempdir()).free / 2**30
             last = last_checkpoint(trainer.default_root_dir)

@@ -1,6 +1,7 @@
 """Adapter files: what was trained beside a frozen model, and nothing else, starts another run where this one ended."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,6 @@ from lightning_vlm.cli.main import main
 from lightning_vlm.export.provenance import file_hash
 from lightning_vlm.models.lora import is_lora
 from lightning_vlm.models.parts import PartPolicy
-from lightning_vlm.models.spec import Backbone
 
 from .test_export import NAMES, checkpoint_of, logits, make
 
@@ -52,7 +52,7 @@ def test_a_run_from_the_adapter_starts_at_the_exported_model(tmp_path, name, set
     assert (facts["step"], facts["checkpoint"], facts["hash"]) == (7, str(ckpt), file_hash([file]))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "checkpoints", "model"]
 
-    module = SFT(backbone=Backbone(path=backbone.path, adapter=str(file.parent)), parts=parts)
+    module = SFT(backbone=replace(backbone, adapter=str(file.parent)), parts=parts)
     module.processor = processor
     module.configure_model()
     started = logits(module.policy.model.eval(), processor)
@@ -76,3 +76,18 @@ def test_provenance_of_what_started_from_an_adapter_names_it(tmp_path):
     assert main(["export", str(ckpt), "--out", str(tmp_path / "model")]) == 0
     facts = json.loads((tmp_path / "model" / "provenance.json").read_text())
     assert facts["adapter"] == "runs/first/adapter" and facts["parent"]["path"] == backbone.path
+
+
+def test_an_adapter_fits_the_weights_it_was_trained_beside(tmp_path):
+    """In whatever dtype they are; a model of the same sizes with other weights is refused."""
+    backbone, policy, processor = trained(NAMES[0], SETTINGS["lora"])
+    ckpt = checkpoint_of(tmp_path / "step-00000007.ckpt", backbone, policy, SETTINGS["lora"])
+    assert main(["export", str(ckpt), "--adapter", "--out", str(tmp_path / "out")]) == 0
+    for change, fits in (({"dtype": "bfloat16"}, True), ({"seed": backbone.seed + 1}, False)):
+        module = SFT(backbone=replace(backbone, adapter=str(tmp_path / "out"), **change), parts=SETTINGS["lora"])
+        module.processor = processor
+        if fits:
+            module.configure_model()
+            continue
+        with pytest.raises(ValueError, match=r"adapter .*out' was trained beside other weights than those of backbone"):
+            module.configure_model()

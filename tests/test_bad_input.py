@@ -15,6 +15,7 @@ from lightning_vlm.cli.main import main
 from lightning_vlm.export import read_checkpoint
 from lightning_vlm.models.tiny import make_tiny
 
+from .conftest import run_scenarios
 from .runs.commands import BASE, HELD_OUT, Refused, enter, workplace, write
 
 
@@ -373,3 +374,16 @@ def test_a_disk_that_is_full(refused, disk, tmp_path):
     tiny = disk(tmp_path / "tiny", "4k")
     line = refused("--run_dir", str(tiny / "run"))
     assert f"the disk of {tiny}/run is full: free some space" in line
+
+
+def test_a_disk_that_is_full_under_sharding(disk, tmp_path):
+    """Two ranks, each with a part of every checkpoint; the disk holds one and a half."""
+    small = disk(tmp_path / "small", 2_600_000)
+    spec = {"name": "run", "model": "embedded:qwen2_5_vl-tiny", "world": {"size": 13}, "dtype": "float32"}
+    spec |= {"strategy": "fsdp2", "steps": 2, "batch_size": 4, "checkpoint": True, "run_dir": str(small / "run")}
+    done = run_scenarios([spec], tmp_path / "scenario", processes=2)
+    assert done.returncode == 1 and "No space left on device" in done.stderr
+    assert "OSError: could not write checkpoint" in done.stderr and "step-00000001.ckpt is whole" in done.stderr
+    assert [p.name for p in (small / "run" / "checkpoints").iterdir()] == ["step-00000001.ckpt"]
+    kept = shutil.copytree(small / "run" / "checkpoints" / "step-00000001.ckpt", tmp_path / "kept")
+    assert read_checkpoint(kept)["lightning_vlm"]["step"] == 1

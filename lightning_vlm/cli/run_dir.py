@@ -19,7 +19,7 @@ def choose_run_dir(command: str, config: Config) -> Path:
     """`run_dir`, or runs/<experiment>-<time>; the same in every process of the run.
 
     Raises:
-        ValueError: `run_dir` is a file; or several processes, started from outside, have none and cannot agree on a time.
+        ValueError: `run_dir` is a file; or processes started from outside have none and cannot agree on a time.
     """
     given = config.tree.get("run_dir")
     if given is not None:

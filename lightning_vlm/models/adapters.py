@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from .parts import PartPolicy, part_parameters
 from .policy import Policy
 
 ADAPTER_FILE = "adapter.safetensors"
+_ROUNDING = 0.01  # the same weights in another dtype are the same weights
 _FACTS = "lightning_vlm"  # the file's own metadata: by which settings it was trained
 
 
@@ -44,7 +46,8 @@ def trained_tensors(policy: Policy) -> dict[str, Tensor]:
 def save_adapter(
     path: Path, policy: Policy, parts: Mapping[str, PartPolicy], *, dtype: torch.dtype | None = None
 ) -> None:
-    """Write an adapter file; what its tensors mean nothing without, architecture and LoRA settings, stands in it.
+    """Write an adapter file; what its tensors mean nothing without stands in it: architecture, LoRA settings, and a
+    sample of the frozen weights.
 
     Args:
         path: file to write. policy: its trained tensors. parts: settings they were trained with.
@@ -55,7 +58,7 @@ def save_adapter(
     """
     tensors = {name: tensor.cpu().to(dtype or tensor.dtype) for name, tensor in trained_tensors(policy).items()}
     lora = {part: settings for part, own in parts.items() if (settings := _lora(own))["lora_rank"]}
-    facts = {"model_type": policy.model.config.model_type, "parts": lora}
+    facts = {"model_type": policy.model.config.model_type, "parts": lora, "beside": _sample(policy.model)}
     save_file(tensors, path, metadata={"format": "pt", _FACTS: json.dumps(facts)})
 
 
@@ -69,8 +72,8 @@ def load_adapter_file(model: PreTrainedModel, path: str, parts: Mapping[str, Par
         parts: settings of the run.
 
     Raises:
-        ValueError: no such file, none of safetensors, one for another architecture, other LoRA settings than the run's,
-            or tensors for a model of another width.
+        ValueError: no such file, none of safetensors, one for another architecture, width or weights, or trained with
+            other LoRA settings than the run's.
     """
     file = Path(path).expanduser()
     file = file / ADAPTER_FILE if file.is_dir() else file
@@ -97,8 +100,31 @@ def load_adapter_file(model: PreTrainedModel, path: str, parts: Mapping[str, Par
         load_adapter(model, state)
     except ValueError as error:
         raise ValueError(f"backbone.adapter {path!r}: {error}") from error
+    own = {_plain(name): param for name, param in model.named_parameters()}
+    for name, value in facts.get("beside", {}).items():
+        if name not in own or not math.isclose(_middle(own[name]), value, rel_tol=_ROUNDING, abs_tol=1e-6):
+            raise ValueError(
+                f"backbone.adapter {path!r} was trained beside other weights than those of backbone.path: "
+                f"{name} differs"
+            )
 
 
 def _lora(policy: PartPolicy) -> dict[str, float]:
     """Rank and α in force, by the names of their settings."""
     return {"lora_rank": policy.lora_rank, "lora_alpha": policy.alpha}
+
+
+def _sample(model: PreTrainedModel, count: int = 16) -> dict[str, float]:
+    """One value of some frozen matrices, by which other weights are told."""
+    frozen = {n: p for n, p in model.named_parameters() if p.ndim > 1 and not p.requires_grad}
+    chosen = list(frozen)[:: max(1, len(frozen) // count)]
+    return {_plain(name): _middle(frozen[name]) for name in chosen}
+
+
+def _middle(param: Tensor) -> float:
+    return param.detach().flatten()[param.numel() // 2].item()
+
+
+def _plain(name: str) -> str:
+    """A parameter's name without LoRA beside it."""
+    return name.replace(".base_layer.", ".")
