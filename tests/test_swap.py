@@ -29,3 +29,19 @@ def test_the_worlds_data_with_every_algorithm(algorithm, model, tmp_path, monkey
     assert (tmp_path / "run/model/model.safetensors").is_file()
     provenance = json.loads((tmp_path / "run/model/provenance.json").read_text())
     assert provenance["step"] == 2
+
+
+def test_predictions_of_a_run_leave_its_curves_alone_and_draw_as_told(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    files = ["model/llava-student", "algorithm/sft", "data/world", "trainer/cpu", "logger/csv"]
+    words = [word for file in files for word in ("-c", file)]
+    words += ["--backbone.path", "embedded:llava-tiny", "--data.workers", "0", "--run_dir", "run"]
+    assert main(["fit", *words, "--trainer.max_steps", "5", "--data.batch_size", "2"]) == 0
+    curves = (tmp_path / "run/csv/metrics.csv").read_bytes()
+    assert b"train/loss" in curves
+    drawn = ["--model.samples", "3", "--model.sampling.temperature", "1.0", "--model.sampling.max_new_tokens", "4"]
+    assert main(["predict", *words, *drawn, "--data.predict.world.options.size", "2", "--out", "p.jsonl"]) == 0
+    assert (tmp_path / "run/csv/metrics.csv").read_bytes() == curves
+    lines = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+    assert [line["sample"] for line in lines] == [0, 1, 2] * 2 and len({line["id"] for line in lines}) == 2
+    assert len({line["output"] for line in lines}) > 2

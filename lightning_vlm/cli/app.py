@@ -256,8 +256,8 @@ def run_defaults(run_dir: Path, config_file: Path, resuming: bool) -> dict[tuple
     mlflow = {"experiment_name": EXPERIMENT, "tracking_uri": uri, "run_name": run_dir.name}
     if resuming and (run_dir / MLFLOW_RUN_FILE).is_file():
         mlflow["run_id"] = (run_dir / MLFLOW_RUN_FILE).read_text().strip()
-    # The CSV logger clears its folder when it starts: what a run wrote before it was resumed must stay.
-    csv = f"csv-{len(list(run_dir.glob('csv*'))) + 1}" if resuming and (run_dir / "csv").exists() else "csv"
+    # The CSV logger clears its folder when it starts: what the run or another command wrote before must stay.
+    csv = f"csv-{len(list(run_dir.glob('csv*'))) + 1}" if (run_dir / "csv").exists() else "csv"
     return {
         ("callbacks", "RunRecord"): {"config_file": str(config_file)},
         ("logger", "MLFlow"): mlflow,
