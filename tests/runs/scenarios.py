@@ -1,0 +1,179 @@
+"""Training scenarios in a process of their own: `python -m tests.runs.scenarios SPEC OUT`, alone or under torchrun.
+
+SPEC is a JSON list of scenarios (see `run`); rank 0 writes {scenario name: record} to OUT with torch.save.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+
+import lightning_vlm.losses.kernel as kernel
+from callbacks.bad_samples import BadSamples
+from callbacks.benchmarks import Benchmarks
+from callbacks.checkpoint import Checkpoint, last_checkpoint
+from lightning_vlm import algorithms
+from lightning_vlm.algorithms import SFT
+from lightning_vlm.algorithms.totals import Micro
+from lightning_vlm.benchmarks import BenchmarkSpec
+from lightning_vlm.data.module import VLMData
+from lightning_vlm.data.sources import SourceSpec
+from lightning_vlm.losses.terms import Term
+from lightning_vlm.models.parts import PartPolicy
+from lightning_vlm.models.spec import Backbone
+from lightning_vlm.strategies import FSDP2
+
+
+class TwoTerms(SFT):
+    """A toy objective: a mean over tokens plus half a mean over rows, each with its own count."""
+
+    def losses(self, batch):
+        scores = self.policy.score(batch)
+        per_row = scores.per_row(scores.logprobs, len(batch.rows))
+        real = torch.tensor([float(row.scored > 0) for row in batch.rows], dtype=per_row.dtype)
+        terms = {"tokens": Term(-scores.logprobs.sum()), "rows": Term((per_row.square() * real).sum(), 0.5)}
+        return Micro(terms, {}, scores)
+
+    def counts(self, items):
+        rows = [row for item in items for row in item]
+        return {"tokens": float(sum(r.scored for r in rows)), "rows": float(sum(r.scored > 0 for r in rows))}
+
+
+def algorithm_class(name: str) -> type:
+    """A class exported by the package, or one of this file."""
+    return globals().get(name) or getattr(algorithms, name)
+
+
+class Record(L.Callback):
+    """Keeps each step's loss, and the first step's gradients, whole on every rank."""
+
+    def __init__(self, kill_at: int | None) -> None:
+        self.kill_at = kill_at
+        self.losses: list[float] = []
+        self.gradients: dict[str, torch.Tensor] = {}
+
+    def on_fit_start(self, trainer, module) -> None:
+        original = module._apply_gradients
+
+        def keep(optimizer):
+            norms = original(optimizer)
+            if not self.gradients:
+                work = optimizer.optimizer.work
+                for name, p in module.policy.model.named_parameters():
+                    if p in work:
+                        self.gradients[name] = whole(work[p].grad).clone()
+            return norms
+
+        module._apply_gradients = keep
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
+        if self.kill_at is not None and module.clock == self.kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        self.losses.append(module.last_step["metrics"]["train/loss"])
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A sharded tensor gathered, a plain one as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach()
+
+
+def source(spec: dict[str, Any]) -> SourceSpec:
+    """The scenario's JSONL, or the embedded world."""
+    if "world" in spec:
+        return SourceSpec(kind="world", split="train", options=spec["world"])
+    return SourceSpec(kind="messages", path=spec["data"])
+
+
+def benchmark(options: dict[str, Any]) -> BenchmarkSpec:
+    """World questions answered by sampling, so that draws, too, must not depend on ranks."""
+    world = SourceSpec(kind="world", split="val", options=options)
+    return BenchmarkSpec(source=world, every=1, temperature=1.0, n=2, max_new_tokens=6)
+
+
+def run(spec: dict[str, Any], world: int) -> dict[str, Any]:
+    """One scenario.
+
+    Keys: `model`, `data` JSONL or `world` options, `dtype`, `algorithm` class name, `strategy` (auto | ddp | fsdp2),
+    `mixed_precision`, `precision`, `steps`, `batch_size`, `settings` of the algorithm, `chunk_bytes`, `shuffle`,
+    `run_dir`, `checkpoint`, `resume` ("last"), `kill_at`, `workers`, `on_bad_sample`, `benchmark` (options of the world
+    it asks about).
+    """
+    kernel.CHUNK_BYTES = spec.get("chunk_bytes", kernel.CHUNK_BYTES)
+    backbone = Backbone(path=spec["model"], dtype=spec.get("dtype", "float64"))
+    settings = dict(spec.get("settings", {}))
+    settings["parts"] = {part: PartPolicy(**policy) for part, policy in settings.get("parts", {}).items()}
+    module = algorithm_class(spec.get("algorithm", "SFT"))(backbone=backbone, **settings)
+    data = VLMData(
+        backbone=backbone,
+        train={"train": source(spec)},
+        batch_size=spec.get("batch_size", 8),
+        workers=spec.get("workers", 0),
+        shuffle=spec.get("shuffle", True),
+        on_bad_sample=spec.get("on_bad_sample", "error"),
+    )
+    run_dir = Path(spec["run_dir"])
+    record = Record(spec.get("kill_at"))
+    callbacks: list[L.Callback] = [record, BadSamples()]
+    if spec.get("checkpoint", False):
+        callbacks.append(Checkpoint(every=1))
+    if "benchmark" in spec:
+        callbacks.append(Benchmarks(benchmarks={"world": benchmark(spec["benchmark"])}))
+    strategy = spec.get("strategy", "auto")
+    if strategy == "fsdp2":
+        strategy = FSDP2(mixed_precision=spec.get("mixed_precision", "none"))
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=world,
+        strategy=strategy,
+        precision=spec.get("precision", "32-true"),
+        max_steps=spec.get("steps", 1),
+        logger=False,
+        callbacks=callbacks,
+        default_root_dir=run_dir,
+        enable_checkpointing=bool(spec.get("checkpoint", False)),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+    )
+    resume = last_checkpoint(run_dir) if spec.get("resume") == "last" else None
+    trainer.fit(module, data, ckpt_path=resume)
+    weights = {name: whole(p.data).clone() for name, p in module.policy.model.named_parameters()}
+    return {
+        "records": module.records,
+        "losses": record.losses,
+        "gradients": record.gradients,
+        "weights": weights,
+        "metrics": module.last_step["metrics"],
+    }
+
+
+def main(spec_file: str, out: str) -> None:
+    """Run all scenarios of a spec file; rank 0 writes their records."""
+    torch.set_num_threads(1)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    records = {spec["name"]: run(spec, world) for spec in json.loads(Path(spec_file).read_text())}
+    if int(os.environ.get("RANK", "0")) == 0:
+        torch.save(records, out)
+
+
+def in_process(spec_file: str, out: str, env: dict[str, str], log: str) -> None:
+    """`main` in a freshly forked process, its output in `log`."""
+    os.environ.update(env)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    main(spec_file, out)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
