@@ -49,10 +49,15 @@ class EvaluationMixin:
         """Restore `evaluation_state`."""
         self._evaluated = dict(state["evaluated"])
 
-    def _start_evaluation(self) -> None:
+    def _open_engine(self) -> None:
+        """Whole weights on every rank until `_weights` is closed, and an engine over them."""
         self._weights = ExitStack()
         self._weights.enter_context(unsharded(self.policy))
-        self._engine = HFEngine(self.policy, self.processor, batch_size=self._eval_batch_size())
+        batch_size = getattr(self.trainer.datamodule, "eval_batch_size", 64)
+        self._engine = HFEngine(self.policy, self.processor, batch_size=batch_size)
+
+    def _start_evaluation(self) -> None:
+        self._open_engine()
         data = self.trainer.datamodule
         evaluations = getattr(data, "evaluations", {})
         self._running = {name: e for name, e in evaluations.items() if data.due(e)}
@@ -100,9 +105,7 @@ class EvaluationMixin:
 
     def on_predict_epoch_start(self) -> None:
         """As for validation."""
-        self._weights = ExitStack()
-        self._weights.enter_context(unsharded(self.policy))
-        self._engine = HFEngine(self.policy, self.processor, batch_size=self._eval_batch_size())
+        self._open_engine()
 
     def on_predict_epoch_end(self) -> None:
         """Give the gathered weights back."""
@@ -151,9 +154,6 @@ class EvaluationMixin:
                 for i, row in enumerate(rows)
             ]
         return records
-
-    def _eval_batch_size(self) -> int:
-        return getattr(self.trainer.datamodule, "eval_batch_size", 64)
 
 
 def _gathered(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
