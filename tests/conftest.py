@@ -12,6 +12,7 @@ from typing import NamedTuple
 import pytest
 
 from .runs import scenarios
+from .runs.commands import Refused
 
 
 @pytest.fixture(scope="session")
@@ -29,6 +30,12 @@ def hub_cache(tmp_path, monkeypatch):
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     return datasets
+
+
+@pytest.fixture
+def refused(capfd, tmp_path):
+    """Runs a command that must be refused in one line, and gives the line."""
+    return Refused(capfd, tmp_path / "run")
 
 
 def free_port() -> int:

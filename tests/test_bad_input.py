@@ -16,7 +16,7 @@ from lightning_vlm.export import read_checkpoint
 from lightning_vlm.models.tiny import make_tiny
 
 from .conftest import run_scenarios
-from .runs.commands import BASE, HELD_OUT, Refused, enter, workplace, write
+from .runs.commands import BASE, HELD_OUT, enter, workplace, write
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +35,6 @@ def files(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def here(files, monkeypatch):
     enter(files, monkeypatch)
-
-
-@pytest.fixture
-def refused(capfd, tmp_path):
-    return Refused(capfd, tmp_path / "run")
 
 
 # --- settings --------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import torch
 from lightning_vlm.cli.main import main
 
 from .conftest import run_scenarios
-from .runs.commands import BASE, HELD_OUT, Refused, enter, row, workplace, write
+from .runs.commands import BASE, HELD_OUT, enter, row, workplace, write
 
 BAD_ROWS = {  # name: row, what the message says, the reason it is counted by
     "broken image": (row("bad", image="broken.png"), "image './broken.png' cannot be decoded", "broken_image"),
@@ -40,11 +40,6 @@ def files(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def here(files, monkeypatch):
     enter(files, monkeypatch)
-
-
-@pytest.fixture
-def refused(capfd, tmp_path):
-    return Refused(capfd, tmp_path / "run")
 
 
 @pytest.mark.parametrize("name", BAD_ROWS)
