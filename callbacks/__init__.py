@@ -6,15 +6,20 @@ Names are imported when they are first used, so that one callback's dependencies
 from importlib import import_module
 
 _HOME = {
+    "Answers": "callbacks.named_benchmarks",
     "BadSamples": "callbacks.bad_samples",
     "Benchmarks": "callbacks.benchmarks",
     "Checkpoint": "callbacks.checkpoint",
+    "CocoCaptions": "callbacks.named_benchmarks",
     "EntropyMonitor": "callbacks.entropy",
-    "Geometry3K": "callbacks.benchmarks",
+    "EvaluationRecord": "callbacks.evaluation_record",
+    "Geometry3K": "callbacks.named_benchmarks",
     "HeldOutLoss": "callbacks.benchmarks",
+    "MathVision": "callbacks.named_benchmarks",
+    "MathVista": "callbacks.named_benchmarks",
+    "Mmvp": "callbacks.named_benchmarks",
     "Progress": "callbacks.progress",
     "RunRecord": "callbacks.record",
-    "SampleTable": "callbacks.samples",
     "SaveModel": "callbacks.checkpoint",
     "TaskEarlyStopping": "callbacks.early_stopping",
 }

@@ -1,22 +1,29 @@
-"""A monitored metric must be one that a benchmark of the run can log."""
+"""A monitored metric must be one that a benchmark of the run logs."""
 
 from __future__ import annotations
 
 from lightning.pytorch import Trainer
 
+from lightning_vlm.data.sources.spec import one_of
+
 
 def refuse_unknown(owner: str, monitor: str, trainer: Trainer) -> None:
-    """Refuse, before anything is trained, a monitor whose benchmark does not exist.
+    """Refuse, before anything is trained, a monitor that nothing will log.
 
     Args:
         owner: the callback, to begin the error with. monitor: `val/<benchmark>/<metric>`.
-        trainer: its data module says what is evaluated; one that does not say is believed.
+        trainer: its data module knows what is evaluated.
 
     Raises:
-        ValueError: names the benchmarks there are.
+        ValueError: names the nearest metric, or the benchmarks there are.
     """
-    evaluations = getattr(trainer.datamodule, "evaluations", None)
-    if evaluations is None or any(monitor.startswith(f"val/{name}/") for name in evaluations):
+    evaluations = getattr(trainer.datamodule, "evaluations", {})
+    for name, evaluation in evaluations.items():
+        if not monitor.startswith(f"val/{name}/"):
+            continue
+        logged = sorted(f"val/{name}/{metric}" for metric in evaluation.metric_names)
+        if monitor not in logged:
+            raise ValueError(f"{owner}: nothing will log monitor {monitor!r}{one_of(monitor, logged)}")
         return
     raise ValueError(
         f"{owner}: nothing will log monitor {monitor!r}; it must be val/<benchmark>/<metric> of one of these "

@@ -20,12 +20,20 @@ class Evaluations(Callback):
         raise NotImplementedError(f"{type(self).__name__} must define open()")
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Open the benchmarks and register them with the data module."""
+        """Open the evaluations and register them with the data module.
+
+        Raises:
+            ValueError: the data module does not evaluate, another evaluation has the name, or a sample has no gold
+                answer: said now, not after hours of training.
+        """
         if stage == "predict":
             return
         if not hasattr(trainer.datamodule, "register"):
             raise ValueError(f"{type(self).__name__} needs a data module that evaluates, such as VLMData; set `data`")
-        self._open = self._open or self.open()
+        if not self._open:
+            self._open = self.open()
+            for evaluation in self._open:
+                _ = evaluation.metric_names  # grades empty answers: a sample without gold shows here
         for evaluation in self._open:
             trainer.datamodule.register(evaluation)
 
@@ -63,31 +71,3 @@ class HeldOutLoss(Evaluations):
         """The one held-out set."""
         samples = open_source(self.source, for_training=False)
         return [HeldOut(name=self.name, samples=samples, every=self.every)]
-
-
-class Geometry3K(Benchmarks):
-    r"""Geometry3K: greedy accuracy, answer in \boxed{}, graded by math-verify; logged as `val/geometry3k/…`.
-
-    Args:
-        path: folder or file with the data, or `hiyouga/geometry3k` on the hub.
-        split: split to evaluate; None takes all that the path holds.
-        prompt: `freeform` shows no options, `mcq` shows them and grades the letter.
-        every: optimizer steps between evaluations.
-        limit: only the first so many problems.
-        max_new_tokens: longest answer in tokens.
-    """
-
-    def __init__(
-        self,
-        *,
-        path: str = "hiyouga/geometry3k",
-        split: str | None = "test",
-        prompt: str = "freeform",
-        every: int = 100,
-        limit: int | None = None,
-        max_new_tokens: int = 1024,
-    ) -> None:
-        source = SourceSpec(kind="geometry3k", path=path, split=split, prompt=prompt, limit=limit)
-        super().__init__(
-            benchmarks={"geometry3k": BenchmarkSpec(source=source, every=every, max_new_tokens=max_new_tokens)}
-        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import shutil
@@ -60,19 +59,17 @@ class Checkpoint(CheckpointBase):
         self.every, self.keep, self.monitor, self.mode = every, keep, monitor, mode
         self.best_score: float | None = None
         self.best_path: str | None = None
-        self._seen = False
 
     def state_dict(self) -> dict[str, Any]:
         """Best so far, so that a resumed run does not forget it."""
-        return {"best_score": self.best_score, "best_path": self.best_path, "seen": self._seen}
+        return {"best_score": self.best_score, "best_path": self.best_path}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up what `state_dict` gave."""
         self.best_score, self.best_path = state_dict["best_score"], state_dict["best_path"]
-        self._seen = state_dict["seen"]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse a monitor whose benchmark does not exist, before anything is trained."""
+        """Refuse a monitor that nothing will log, before anything is trained."""
         if self.monitor is not None:
             refuse_unknown("Checkpoint", self.monitor, trainer)
 
@@ -88,9 +85,7 @@ class Checkpoint(CheckpointBase):
         if self.monitor is None or trainer.sanity_checking or trainer.state.fn != "fit":
             return
         if self.monitor not in pl_module.fresh_metrics:
-            self._refuse_misspelt(trainer, pl_module.fresh_metrics)
             return
-        self._seen = True
         score = float(trainer.callback_metrics[self.monitor])
         better = self.best_score is None or (score > self.best_score if self.mode == "max" else score < self.best_score)
         if better:
@@ -103,21 +98,8 @@ class Checkpoint(CheckpointBase):
                 self._remove(trainer, Path(previous))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the last state, then refuse a monitor that was never logged."""
+        """Save the last state."""
         self._save_step(trainer, pl_module)
-        if self.monitor is not None and not self._seen:
-            raise ValueError(f"Checkpoint: nothing logged monitor '{self.monitor}' in this run{self._near(trainer)}")
-
-    def _refuse_misspelt(self, trainer: Trainer, fresh: set[str]) -> None:
-        """A benchmark that was due and logged other metrics will never log this one; one not due may do so later."""
-        benchmark = self.monitor.rpartition("/")[0] + "/"
-        if any(name.startswith(benchmark) for name in fresh):
-            raise ValueError(f"Checkpoint: nothing logs monitor '{self.monitor}'{self._near(trainer)}")
-
-    def _near(self, trainer: Trainer) -> str:
-        names = sorted(trainer.callback_metrics)
-        close = difflib.get_close_matches(self.monitor, names, n=1)
-        return f"; did you mean '{close[0]}'?" if close else f"; logged are: {', '.join(names) or 'none'}"
 
     def _folder(self, trainer: Trainer) -> Path:
         return Path(trainer.default_root_dir) / FOLDER

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from typing import Any, Literal
 
@@ -52,16 +51,14 @@ class TaskEarlyStopping(Callback):
         self.waited = state_dict["waited"]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse a monitor whose benchmark does not exist, before anything is trained."""
+        """Refuse a monitor that nothing will log, before anything is trained."""
         refuse_unknown("TaskEarlyStopping", self.monitor, trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at a fresh value."""
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
-        fresh = pl_module.fresh_metrics
-        if self.monitor not in fresh:
-            self._refuse_misspelt(fresh)
+        if self.monitor not in pl_module.fresh_metrics:
             return
         value = float(trainer.callback_metrics[self.monitor])
         if not math.isfinite(value):
@@ -83,11 +80,3 @@ class TaskEarlyStopping(Callback):
             return True
         gain = value - self.best if self.mode == "max" else self.best - value
         return gain > self.min_delta
-
-    def _refuse_misspelt(self, fresh: set[str]) -> None:
-        """A benchmark that was just evaluated and logged other metrics will never log this one."""
-        logged = sorted(name for name in fresh if name.startswith(self.monitor.rpartition("/")[0] + "/"))
-        if logged:
-            close = difflib.get_close_matches(self.monitor, logged, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"it logs: {', '.join(logged)}"
-            raise ValueError(f"TaskEarlyStopping: nothing logs monitor {self.monitor!r}; {hint}")

@@ -158,7 +158,7 @@ def test_two_evaluations_of_one_name(refused):
 @pytest.mark.parametrize("name", ["Checkpoint", "TaskEarlyStopping"])
 def test_a_monitor_that_its_benchmark_does_not_log(refused, name):
     line = refused(f"--callbacks.{name}.monitor", "val/toy/nl", config=(BASE, HELD_OUT))
-    assert f"{name}: nothing logs monitor 'val/toy/nl'" in line and "did you mean 'val/toy/nll'" in line
+    assert f"{name}: nothing will log monitor 'val/toy/nl'" in line and "did you mean 'val/toy/nll'" in line
 
 
 @pytest.mark.parametrize("command", ["validate", "test"])

@@ -12,10 +12,10 @@ from lightning.pytorch.loggers import CSVLogger, MLFlowLogger
 from PIL import Image
 
 from callbacks._clock import crossed
-from callbacks.benchmarks import Benchmarks, Geometry3K
+from callbacks.benchmarks import Benchmarks
 from callbacks.early_stopping import TaskEarlyStopping
 from callbacks.entropy import EntropyMonitor
-from callbacks.samples import SampleTable
+from callbacks.evaluation_record import EvaluationRecord
 from lightning_vlm.benchmarks import BenchmarkSpec
 from lightning_vlm.data.sources import SourceSpec
 from lightning_vlm.metrics.entropy import entropy_summary
@@ -104,7 +104,9 @@ def fitting(**metrics):
         sanity_checking=False,
         state=SimpleNamespace(fn="fit"),
         callback_metrics={k: torch.tensor(v) for k, v in metrics.items()},
-        datamodule=SimpleNamespace(evaluations={"world": None, "ood": None}),
+        datamodule=SimpleNamespace(
+            evaluations={name: SimpleNamespace(metric_names={"accuracy", "n"}) for name in ("world", "ood")}
+        ),
     )
 
 
@@ -150,10 +152,8 @@ def test_early_stopping_refuses_what_nothing_logs():
     module = Module()
     with pytest.raises(ValueError, match=r"'val/wrold/accuracy'.*world, ood"):
         TaskEarlyStopping(monitor="val/wrold/accuracy").on_fit_start(fitting(), module)
-    stopper = TaskEarlyStopping(monitor="val/world/acuracy")
-    stopper.on_fit_start(fitting(), module)
     with pytest.raises(ValueError, match="did you mean 'val/world/accuracy'"):
-        validate(stopper, fitting(), module, 0.3)
+        TaskEarlyStopping(monitor="val/world/acuracy").on_fit_start(fitting(), module)
     with pytest.raises(ValueError, match="is nan"):
         validate(TaskEarlyStopping(monitor=MONITOR), fitting(), module, float("nan"))
 
@@ -165,12 +165,6 @@ def test_impossible_stopping_settings(wrong):
 
 
 # --- benchmarks and sample tables in a real run ----------------------------------------------------------------------
-
-
-def test_geometry3k_names_its_benchmark():
-    callback = Geometry3K(path="somewhere", every=7, limit=3)
-    spec = callback.specs["geometry3k"]
-    assert (spec.source.kind, spec.source.path, spec.source.limit, spec.every) == ("geometry3k", "somewhere", 3, 7)
 
 
 def test_benchmarks_need_a_data_module_that_evaluates():
@@ -194,7 +188,7 @@ def finished_run(tmp_path_factory):
 
     callbacks = [
         EntropyMonitor(every=1),
-        SampleTable(count=4, size=32),
+        EvaluationRecord(count=4, size=32),
         TaskEarlyStopping(monitor=MONITOR, patience=50),
         Benchmarks(benchmarks={"world": world("val", 2), "ood": world("ood_pairs", 4, n=2, temperature=1.0)}),
     ]
@@ -218,7 +212,9 @@ def test_a_run_logs_entropy_and_benchmarks(finished_run):
     assert metrics["train/entropy_mean"] == pytest.approx(float(metrics["train/entropy"]), rel=1e-4)
     assert metrics["train/entropy_p05"] <= metrics["train/entropy_p50"] <= metrics["train/entropy_p95"]
     assert 0 <= metrics[MONITOR] <= 1
-    assert metrics["val/world/n"] == 16 and metrics["val/world/caption_n"] == 4
+    assert metrics["val/world/n"] == 16 and 0 <= metrics["val/world/family/caption"] <= 1
+    drawn = {name for name in metrics if name.startswith("val/ood/")}
+    assert {"val/ood/pass_at_1", "val/ood/pass_at_2", "val/ood/maj_at_2", "val/ood/diversity"} <= drawn
 
 
 def test_a_run_leaves_records_and_tables(finished_run):
@@ -226,7 +222,7 @@ def test_a_run_leaves_records_and_tables(finished_run):
     steps = {name: sorted(p.name for p in (folder / name).iterdir()) for name in ("world", "ood")}
     assert steps == {"world": ["step-00000002", "step-00000004"], "ood": ["step-00000004"]}
     last = folder / "world" / "step-00000004"
-    records = [json.loads(line) for line in (last / "records.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (last / "per_example.jsonl").read_text().splitlines()]
     assert len(records) == 20 and len({r["id"] for r in records}) == 20
     keys = {
         "id",
@@ -239,19 +235,24 @@ def test_a_run_leaves_records_and_tables(finished_run):
         "gold",
         "score",
         "finished",
-        "family",
+        "groups",
     }
     assert all(keys <= set(r) for r in records)
-    conditions = json.loads((last / "conditions.json").read_text())
-    answers = [r["score"] for r in records if r["family"] != "caption"]
-    assert conditions["metrics"]["accuracy"] == pytest.approx(sum(answers) / len(answers))
-    assert (conditions["rule"], conditions["step"]) == ("world/exact", 4)
+    conditions, scores, breakdown = (
+        json.loads((last / f"{name}.json").read_text()) for name in ("conditions", "scores", "breakdown")
+    )
+    answers = [r["score"] for r in records if r["groups"]["family"] != "caption"]
+    assert scores["accuracy"] == pytest.approx(sum(answers) / len(answers))
+    low, high = scores["intervals"]["accuracy"]
+    assert low <= scores["accuracy"] <= high and (scores["n"], scores["rule"]) == (16, "world/exact")
+    assert breakdown["family"]["caption"]["n"] == 4
+    assert (conditions["rule"], conditions["step"], conditions["stage"]) == ("world/exact", 4, "val")
     pictures = sorted((last / "images").iterdir())
     assert len(pictures) == 4 and Image.open(pictures[0]).size == (32, 32)
     page = (last / "table.html").read_text()
     assert page.count("<tr class") == 4 and page.count("data:image/png") == 4 and "&lt;image&gt;" in page
     drawn = folder / "ood" / "step-00000004"
-    assert len((drawn / "records.jsonl").read_text().splitlines()) == 40
+    assert len((drawn / "per_example.jsonl").read_text().splitlines()) == 40
     assert not list(folder.rglob("*.tmp"))
 
 
@@ -259,9 +260,12 @@ def test_a_run_sends_tables_to_mlflow(finished_run):
     client, run_id = finished_run.mlflow.experiment, finished_run.mlflow.run_id
     names = {a.path for a in client.list_artifacts(run_id, "evaluations/world/step-00000004")}
     base = "evaluations/world/step-00000004"
-    assert names == {f"{base}/{n}" for n in ("records.jsonl", "conditions.json", "table.html", "images")}
+    assert names == {
+        f"{base}/{n}"
+        for n in ("per_example.jsonl", "scores.json", "breakdown.json", "conditions.json", "table.html", "images")
+    }
 
 
 def test_impossible_table_settings():
-    with pytest.raises(ValueError, match="SampleTable"):
-        SampleTable(count=-1)
+    with pytest.raises(ValueError, match="EvaluationRecord"):
+        EvaluationRecord(count=-1)

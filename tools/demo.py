@@ -64,7 +64,7 @@ def table(results: dict[str, float]) -> Table:
         n = int(values["n"])
         low, high = interval(values["accuracy"], n)
         cells = [f"{100 * values['accuracy']:.1f} [{100 * low:.0f}, {100 * high:.0f}]"]
-        for name in (*(f"accuracy_{family}" for family in FAMILIES), "caption_exact"):
+        for name in (*(f"family/{family}" for family in FAMILIES), "family/caption"):
             cells.append(f"{100 * values[name]:.0f}" if name in values else "")
         out.add_row(f"{split}: {meaning}", *cells, str(n))
     return out

@@ -114,7 +114,7 @@ class Algorithm(EvaluationMixin, L.LightningModule):
         self.last_step: dict[str, Any] = {}
         self._total_steps = 0
         self._evaluated: dict[str, int] = {}
-        self.records, self.fresh_metrics = {}, set()
+        self.records, self.summaries, self.fresh_metrics = {}, {}, set()
 
     # --- what a subclass fills in -----------------------------------------------------------------------------------
 

@@ -1,35 +1,41 @@
 """Evaluation and prediction, the same for every algorithm.
 
 All ranks generate (or score) their share of each evaluation; records are gathered, and the evaluation turns them
-into metrics. Callbacks read `records` and `fresh_metrics`; they never call the model.
+into metrics. Callbacks read `records`, `summaries` and `fresh_metrics`; they never call the model.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from lightning_vlm.algorithms.micro import micro_batches
+from lightning_vlm.benchmarks.grading import grade_all
+from lightning_vlm.benchmarks.rule import Summary
 from lightning_vlm.data.loading import StepBatch
 from lightning_vlm.data.module import Evaluation
+from lightning_vlm.metrics.records import Records
 from lightning_vlm.models.collate import collate
 from lightning_vlm.rollouts import HFEngine, Sampling
-from lightning_vlm.strategies.sync import unsharded, world_size
+from lightning_vlm.strategies.sync import unsharded
 
 
 class EvaluationMixin:
     """The evaluating half of `Algorithm`.
 
     Attributes:
-        records: evaluation name → per-example records of the evaluations that ran last, over all ranks.
+        records: evaluation name → per-example records of the evaluations that ran last, over all ranks; complete on the
+            first rank, where they were summed up.
+        summaries: evaluation name → what its records add up to; on the first rank.
         fresh_metrics: names of the metrics logged by the validation that ran last.
         sampling, samples: how `predict` draws, and how many answers per prompt.
     """
 
     records: dict[str, list[dict[str, Any]]]
+    summaries: dict[str, Summary]
     fresh_metrics: set[str]
     sampling: Sampling
     samples: int
@@ -61,20 +67,42 @@ class EvaluationMixin:
         data = self.trainer.datamodule
         evaluations = getattr(data, "evaluations", {})
         self._running = {name: e for name, e in evaluations.items() if data.due(e)}
-        self.records = {name: [] for name in self._running}
-        self.fresh_metrics = set()
+        self._gathering = {name: Records().to(self.device) for name in self._running}
+        for records in self._gathering.values():
+            records.update([])  # a rank that no example falls to takes part in the gather
+        self.records, self.summaries, self.fresh_metrics = {}, {}, set()
 
     def _end_evaluation(self, prefix: str) -> None:
         self._weights.close()
-        for name, evaluation in self._running.items():
-            self.records[name] = sorted(_gathered(self.records[name]), key=lambda r: (r["id"], r.get("sample", 0)))
-            results = evaluation.results(self.records[name])
+        for name in self._running:
+            self.records[name] = self._gathering[name].compute()
+            results = self._on_first_rank(lambda name=name: self._summarised(name))
             metrics = {f"{prefix}/{name}/{metric}": float(value) for metric, value in results.items()}
             self.fresh_metrics |= set(metrics)
             self._evaluated[name] = self.clock
             self.log_dict(metrics, batch_size=1)
+        self._gathering = {}
         if self._running:
             self.log("step", float(self.clock), batch_size=1)
+
+    def _summarised(self, name: str) -> dict[str, float]:
+        self.summaries[name] = self._running[name].summary(self.records[name])
+        return self.summaries[name].metrics
+
+    def _on_first_rank(self, compute: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """What `compute` returns on the first rank, or its error, on every rank: scoring may start programs of its own."""
+        outcome: dict[str, float] | Exception | None = None
+        if self.trainer.is_global_zero:
+            try:
+                outcome = compute()
+            except Exception as error:  # the other ranks wait: they must hear of it
+                outcome = error
+        heard = self.trainer.strategy.broadcast(str(outcome) if isinstance(outcome, Exception) else outcome)
+        if isinstance(outcome, Exception):
+            raise outcome
+        if isinstance(heard, str):
+            raise ValueError(heard)
+        return heard
 
     def on_validation_epoch_start(self) -> None:
         """Whole weights on every rank while the evaluation lasts, so that ranks need not stay in step."""
@@ -97,7 +125,7 @@ class EvaluationMixin:
         name = list(self.trainer.datamodule.evaluations)[dataloader_idx]
         evaluation = self._running[name]
         answer = self._graded if evaluation.encoding == "prompt" else self._scored
-        self.records[name] += answer(evaluation, batch)
+        self._gathering[name].update(answer(evaluation, batch))
 
     def test_step(self, batch: StepBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """As for validation."""
@@ -118,9 +146,8 @@ class EvaluationMixin:
     def _graded(self, evaluation: Any, batch: StepBatch) -> list[dict[str, Any]]:
         records = self._answers(batch, evaluation.sampling, evaluation.n)
         samples = {sample.id: sample for sample in batch.samples}
-        for record in records:
-            record |= evaluation.score(record["output"], samples[record["id"]])
-        return records
+        graded = grade_all(evaluation.rule, [(record["output"], samples[record["id"]]) for record in records])
+        return [record | verdict for record, verdict in zip(records, graded, strict=True)]
 
     def _answers(self, batch: StepBatch, sampling: Sampling, n: int) -> list[dict[str, Any]]:
         rows = [row for item in batch.items for row in item]
@@ -154,15 +181,6 @@ class EvaluationMixin:
                 for i, row in enumerate(rows)
             ]
         return records
-
-
-def _gathered(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Records of all ranks."""
-    if world_size() == 1:
-        return records
-    parts: list[Any] = [None] * world_size()
-    dist.all_gather_object(parts, records)
-    return [record for part in parts for record in part]
 
 
 def _text(messages: list[dict[str, Any]]) -> str:

@@ -1,28 +1,19 @@
-"""A benchmark: samples, how they are asked, and how the answers are graded."""
+"""A benchmark: samples, how they are asked, and the rule that grades the answers."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar, Literal, get_args
+from functools import cached_property
+from typing import Any, ClassVar
 
+from lightning_vlm.benchmarks.rule import Record, Rule, Summary
+from lightning_vlm.benchmarks.rules import RULES
 from lightning_vlm.data.schema import Sample
 from lightning_vlm.data.sources import SourceSpec, open_source
+from lightning_vlm.data.sources.spec import one_of
 from lightning_vlm.rollouts.sampling import Sampling
-
-from .rules import (
-    Record,
-    Score,
-    mean_results,
-    score_exact,
-    score_freeform,
-    score_letter,
-    score_world,
-    world_results,
-)
-
-Kind = Literal["world", "geometry3k", "exact", "letter"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,9 +23,7 @@ class Benchmark:
     Attributes:
         name: names its metrics, `val/<name>/accuracy`.
         samples: what is asked; the gold answers stand in the samples.
-        score: (output, sample) → fields of that example's record, among them `extraction` and `score` in [0, 1].
-        summarise: records → metrics.
-        rule: name of the grading rule, to stand beside every number.
+        rule: grades an answer and sums up the records.
         prompt_id: which prompt was asked.
         sampling: how answers are drawn. n: answers per sample.
         every: optimizer steps between evaluations.
@@ -44,40 +33,39 @@ class Benchmark:
 
     name: str
     samples: Sequence[Sample]
-    score: Score
-    summarise: Callable[[Sequence[Record]], dict[str, float]]
-    rule: str
+    rule: Rule
     prompt_id: str
     sampling: Sampling = field(default_factory=Sampling)
     n: int = 1
     every: int = 1
 
-    def results(self, records: Sequence[Record]) -> dict[str, float]:
-        """Metrics of an evaluation; an example that came twice (a sampler filling up its last batch) counts once.
-
-        Args:
-            records: `id`, `sample` (index of the draw), `finished` and the fields of `score`.
+    def summary(self, records: list[Record]) -> Summary:
+        """What the distinct records of an evaluation add up to; may complete them.
 
         Raises:
-            ValueError: no records, or an example graded twice with different outcomes.
+            ValueError: no records.
         """
-        distinct: dict[tuple[str, int], Record] = {}
-        for record in records:
-            key = (record["id"], record["sample"])
-            if distinct.setdefault(key, record)["score"] != record["score"]:
-                raise ValueError(
-                    f"benchmark {self.name!r} has two different scores for sample {key[0]!r}, draw {key[1]}: are there "
-                    "two samples of that id? Give mixed sources different labels"
-                )
-        if not distinct:
-            raise ValueError(f"benchmark {self.name!r} was evaluated without any records")
-        return self.summarise(list(distinct.values()))
+        return self.rule.summary(records)
+
+    @cached_property
+    def metric_names(self) -> frozenset[str]:
+        """Names of all metrics an evaluation logs, found by grading empty outputs.
+
+        Raises:
+            ValueError: a sample without a gold answer to grade against.
+        """
+        records = [
+            {"id": sample.id, "sample": draw, "finished": True} | self.rule.record("", sample)
+            for sample in self.samples
+            for draw in range(self.n)
+        ]
+        return frozenset(self.rule.names or self.summary(records).metrics)
 
     def conditions(self) -> dict[str, Any]:
         """What its numbers depend on: rule, prompt, size, sampling."""
         return {
             "benchmark": self.name,
-            "rule": self.rule,
+            "rule": self.rule.name,
             "prompt_id": self.prompt_id,
             "samples": len(self.samples),
             "n": self.n,
@@ -91,18 +79,18 @@ class BenchmarkSpec:
 
     Args:
         source: the samples; `source.limit` makes a smaller benchmark of it.
-        kind: grading rule. `world`: marked or direct answer, exact, captions apart. `geometry3k`: last \boxed{},
-            equality by math-verify. `letter`: the option's letter. `exact`: normalised text. None takes the source's
-            own.
+        rule: how answers are graded, for example `geometry3k/freeform` (last \boxed{}, equality by math-verify),
+            `mathvista/rules`, `mathvision/released`, `mmvp/option`, `coco/ptb`, `answer/short`, `option` (the option's
+            letter or text), `exact` (normalised text). None takes the source's own.
         every: optimizer steps between evaluations.
         max_new_tokens: longest answer in tokens.
         temperature: 0 answers greedily, anything else draws.
         top_p: nucleus of a drawn answer.
-        n: answers drawn per sample, averaged.
+        n: answers drawn per sample; with several, pass_at_k, maj_at_n and diversity are reported beside their mean.
     """
 
     source: SourceSpec
-    kind: Kind | None = None
+    rule: str | None = None
     every: int = 100
     max_new_tokens: int = 256
     temperature: float = 0.0
@@ -110,47 +98,52 @@ class BenchmarkSpec:
     n: int = 1
 
 
-# What a source is graded by if nothing else is said.
-_OWN_KIND: dict[str, Kind] = {"world": "world", "geometry3k": "geometry3k", "mmvp": "letter", "qa": "exact"}
+# What grades a kind of source: the first by default, the others on demand; `exact` and `option` grade any questions.
+_RULES_OF = {
+    "world": ("world/exact",),
+    "geometry3k": ("geometry3k/freeform", "geometry3k/math-verify", "geometry3k/mcq", "answer/short"),
+    "mathvista": ("mathvista/rules",),
+    "mathvision": ("mathvision/released", "answer/short"),
+    "mmvp": ("mmvp/option",),
+    "coco": ("coco/ptb", "coco/ptb-spice", "coco/python"),
+    "qa": ("answer/short",),
+}
+_ANY = ("exact", "option")
 
 
 def open_benchmark(spec: BenchmarkSpec, name: str) -> Benchmark:
     """The benchmark that a spec describes.
 
     Raises:
-        ValueError: an unknown kind, a source without a rule of its own, a rule that does not fit the source, several
-            greedy answers per sample, or what the source and `Sampling` raise.
+        ValueError: an unknown rule, a source that no rule grades, a rule that does not fit the source, several greedy
+            answers per sample, Java missing for a rule that needs it, or what the source and `Sampling` raise.
     """
-    kind = spec.kind or _OWN_KIND.get(spec.source.kind)
-    if kind is None:
+    source = spec.source
+    own = _RULES_OF.get(source.kind)
+    if own is None:
         raise ValueError(
-            f"benchmark {name!r}: source kind {spec.source.kind!r} has no grading rule of its own; "
-            f"set `kind` to one of {', '.join(get_args(Kind))}"
+            f"benchmark {name!r}: no rule grades source kind {source.kind!r}; these have one: {', '.join(_RULES_OF)}"
         )
-    if kind not in get_args(Kind):
-        raise ValueError(f"benchmark {name!r}: unknown kind {kind!r}; choose one of {', '.join(get_args(Kind))}")
-    if (kind == "world") != (spec.source.kind == "world"):
-        raise ValueError(f"benchmark {name!r}: kind {kind!r} does not grade source kind {spec.source.kind!r}")
+    fitting = own if source.kind in ("world", "coco") else (*own, *_ANY)
+    rule = spec.rule or ("geometry3k/mcq" if source.kind == "geometry3k" and source.prompt == "mcq" else own[0])
+    if rule not in fitting:
+        raise ValueError(
+            f"benchmark {name!r}: rule {rule!r} does not grade source kind {source.kind!r}{one_of(rule, fitting)}"
+        )
     if spec.n < 1:
         raise ValueError(f"benchmark {name!r}: n must be at least 1, got {spec.n}")
     sampling = Sampling(max_new_tokens=spec.max_new_tokens, temperature=spec.temperature, top_p=spec.top_p)
     if sampling.greedy and spec.n > 1:
         raise ValueError(f"benchmark {name!r}: {spec.n} greedy answers per sample are all the same; set temperature")
-    score, rule = {
-        "world": (score_world, "world/exact"),
-        "geometry3k": (score_freeform, "geometry3k/freeform"),
-        "letter": (score_letter, "letter"),
-        "exact": (score_exact, "exact"),
-    }[kind]
-    if kind == "geometry3k" and spec.source.prompt == "mcq":
-        score, rule = score_letter, "geometry3k/mcq"
+    if rule.startswith("coco/ptb"):
+        from lightning_vlm.metrics.captions import require_java
+
+        require_java()
     return Benchmark(
         name=name,
-        samples=open_source(spec.source, for_training=False),
-        score=score,
-        summarise=world_results if kind == "world" else mean_results,
-        rule=rule,
-        prompt_id=_prompt_id(spec.source),
+        samples=open_source(source, for_training=False),
+        rule=RULES[rule],
+        prompt_id=_prompt_id(source),
         sampling=sampling,
         n=spec.n,
         every=spec.every,

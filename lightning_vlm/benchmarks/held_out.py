@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from lightning_vlm.benchmarks.rule import Summary
 from lightning_vlm.data.schema import Sample
 
 
@@ -20,12 +21,13 @@ class HeldOut:
     """
 
     encoding: ClassVar[str] = "conversation"
+    metric_names: ClassVar[frozenset[str]] = frozenset({"nll", "entropy", "token_accuracy", "tokens", "n"})
 
     name: str
     samples: Sequence[Sample]
     every: int = 100
 
-    def results(self, records: Sequence[dict[str, Any]]) -> dict[str, float]:
+    def summary(self, records: Sequence[dict[str, Any]]) -> Summary:
         """`nll` and `entropy` in nats per token, `token_accuracy` as a fraction, `tokens`, `n`.
 
         Args:
@@ -35,10 +37,12 @@ class HeldOut:
         if not tokens:
             raise ValueError(f"held-out set {self.name!r} has no assistant text to score")
         sums = {name: sum(record[name] for record in records) for name in ("logprob", "entropy", "right")}
-        return {
-            "nll": -sums["logprob"] / tokens,
-            "entropy": sums["entropy"] / tokens,
-            "token_accuracy": sums["right"] / tokens,
-            "tokens": tokens,
-            "n": float(len(records)),
-        }
+        return Summary(
+            {
+                "nll": -sums["logprob"] / tokens,
+                "entropy": sums["entropy"] / tokens,
+                "token_accuracy": sums["right"] / tokens,
+                "tokens": tokens,
+                "n": float(len(records)),
+            }
+        )

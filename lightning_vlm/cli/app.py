@@ -34,6 +34,7 @@ ALWAYS = (
     "Progress",
     "RunRecord",
     "BadSamples",
+    "EvaluationRecord",
     "SaveModel",
     "Checkpoint",
 )  # in every run, unless a configuration says `NAME: null`
@@ -260,6 +261,7 @@ def run_defaults(run_dir: Path, config_file: Path, resuming: bool) -> dict[tuple
     csv = f"csv-{len(list(run_dir.glob('csv*'))) + 1}" if (run_dir / "csv").exists() else "csv"
     return {
         ("callbacks", "RunRecord"): {"config_file": str(config_file)},
+        ("callbacks", "EvaluationRecord"): {"config_file": str(config_file)},
         ("logger", "MLFlow"): mlflow,
         ("logger", "TensorBoard"): {"save_dir": str(run_dir), "name": "", "version": "tensorboard"},
         ("logger", "CSV"): {"save_dir": str(run_dir), "name": "", "version": csv},

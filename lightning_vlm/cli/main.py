@@ -22,6 +22,15 @@ COMMANDS = {
     "predict": ("lightning_vlm.cli.stage", "write the model's answers as JSONL: -c FILE [--ckpt FILE] [--out FILE]"),
     "export": ("lightning_vlm.cli.export", "checkpoint to Hugging Face model directory, or --adapter: CKPT --out DIR"),
     "chat": ("lightning_vlm.cli.chat", "talk to a model about an image: DIR --image FILE [--prompt TEXT]"),
+    "score": (
+        "lightning_vlm.cli.score",
+        "score answers made elsewhere, with intervals: BENCHMARK FILE ...",
+    ),
+    "compare": ("lightning_vlm.cli.compare", "compare runs by per-example files, with paired statistics: A B ..."),
+    "overlap": (
+        "lightning_vlm.cli.overlap",
+        "what of a benchmark is in the training data, by picture and text: TRAIN BENCHMARK",
+    ),
 }
 PACKAGES = tuple(str(Path(__file__).resolve().parents[2] / name) + os.sep for name in ("lightning_vlm", "callbacks"))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from math import gcd
 from typing import Literal, Protocol
@@ -24,12 +24,13 @@ Encoding = Literal["conversation", "pair", "prompt"]
 
 
 class Evaluation(Protocol):
-    """What a callback registers: a named set of samples with its own interval."""
+    """What a callback registers: a named set of samples with its own interval, and the metrics it will log."""
 
     name: str
     samples: Sequence[Sample]
     every: int
     encoding: Encoding
+    metric_names: Collection[str]
 
 
 class VLMData(L.LightningDataModule):

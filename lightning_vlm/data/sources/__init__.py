@@ -19,6 +19,7 @@ from lightning_vlm.data.sources.spec import SourceSpec, one_of
 _ALWAYS = ("kind", "label", "limit", "weight")
 _TABLE = ("path", "split", "name", "images_root", "images_prefix", "columns")
 _IMAGES = ("image", "images", "id")
+_BY_PURPOSE = ("coco", "geometry3k", "qa")  # kinds that take another split, or show captions otherwise, in training
 _TURNS = (*_IMAGES, "video", "videos", "system")
 
 
@@ -85,7 +86,9 @@ KINDS = {
     "preference": Kind(
         open_preferences, _TABLE, ("prompt", "question", "conversations", "chosen", "rejected", *_TURNS)
     ),
-    "qa": Kind(open_questions, (*_TABLE, "prompt", "instruction"), ("question", "problem", "answer", *_IMAGES)),
+    "qa": Kind(
+        open_questions, (*_TABLE, "prompt", "instruction"), ("question", "problem", "answer", "choices", *_IMAGES)
+    ),
     "world": Kind(open_world, ("split",), (), None),
 }
 
@@ -107,7 +110,7 @@ def open_source(spec: SourceSpec, *, for_training: bool) -> Sequence[Sample]:
     if for_training:
         refuse_training(spec)
     label = spec.label or spec.kind
-    extra = {"for_training": for_training} if spec.kind == "coco" else {}
+    extra = {"for_training": for_training} if spec.kind in _BY_PURPOSE else {}
     source = kind.open(spec, label, **extra)
     if len(source) == 0:
         raise ValueError(f"data source {label!r} is empty; choose another split or file, or leave it out")

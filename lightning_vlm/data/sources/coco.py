@@ -75,7 +75,8 @@ def open_coco(spec: SourceSpec, label: str, *, for_training: bool) -> CocoSource
 
     Args:
         spec: `options.captions` is `all` or `one`; default `all` for training, else `one`.
-        label: name of the source. for_training: chooses that default.
+        label: name of the source. for_training: chooses that default; evaluation takes Karpathy's `test` where no
+            split is named.
 
     Raises:
         ValueError: no such file, another shape, an unknown split, or a missing image folder.
@@ -84,32 +85,47 @@ def open_coco(spec: SourceSpec, label: str, *, for_training: bool) -> CocoSource
     path = existing_path(spec)
     if path.is_dir():
         raise ValueError(f"{path} is a folder; for coco give the file (dataset_coco.json or captions_*.json)")
-    content = read_json(path, rows=False)
-    images = content.get("images") if isinstance(content, dict) else None
-    if not isinstance(images, list):
-        raise ValueError(f"{path}: expected an object with `images`, as dataset_coco.json and captions_*.json have")
-    if not images:
-        raise ValueError(f"{path} is empty: it has no images")
-    find = ImageFinder.of(spec, path.parent)
-    if "annotations" in content:
-        if spec.split is not None:
-            raise ValueError(
-                f"`split: {spec.split}` has no meaning for {path}: COCO keeps one annotation file per split"
-            )
-        rows = _annotated_rows(content, path)
-    elif isinstance(images[0], dict) and "sentences" in images[0]:
-        rows = _karpathy_rows(images, spec.split, path)
-    else:
-        raise ValueError(f"{path}: neither COCO's `annotations` nor Karpathy's `sentences` are there")
-    place = _Folders(find)
+    split = "test" if spec.split is None and not for_training else spec.split
+    rows = read_captions(path, split, default=spec.split is None)
+    place = _Folders(ImageFinder.of(spec, path.parent))
     for row in rows:
         row["image"] = place(row.pop("folder"), row["image"])
     instruction = INSTRUCTION if spec.instruction is None else spec.instruction
     return CocoSource(JsonTable(rows, str(path), path.parent), captions=captions, label=label, instruction=instruction)
 
 
-def _karpathy_rows(images: list[Any], split: str | None, path: Path) -> list[Row]:
+def read_captions(path: Path, split: str | None, *, default: bool = False) -> list[Row]:
+    """Images with their captions, from Karpathy's `dataset_coco.json` or COCO's `captions_*.json`.
+
+    Args:
+        path: the file. split: of Karpathy's file. default: whether `split` is only a default, that a file with one
+            split or none need not have.
+
+    Returns:
+        Rows with `id`, `folder`, `image` (file name) and `captions`.
+
+    Raises:
+        ValueError: another shape, or an unknown split.
+    """
+    content = read_json(path, rows=False)
+    images = content.get("images") if isinstance(content, dict) else None
+    if not isinstance(images, list):
+        raise ValueError(f"{path}: expected an object with `images`, as dataset_coco.json and captions_*.json have")
+    if not images:
+        raise ValueError(f"{path} is empty: it has no images")
+    if "annotations" in content:
+        if split is not None and not default:
+            raise ValueError(f"`split: {split}` has no meaning for {path}: COCO keeps one annotation file per split")
+        return _annotated_rows(content, path)
+    if not (isinstance(images[0], dict) and "sentences" in images[0]):
+        raise ValueError(f"{path}: neither COCO's `annotations` nor Karpathy's `sentences` are there")
     splits = sorted({str(i.get("split")) for i in images})
+    if default and (len(splits) == 1 or split not in splits):
+        split = None
+    return _karpathy_rows(images, split, splits, path)
+
+
+def _karpathy_rows(images: list[Any], split: str | None, splits: list[str], path: Path) -> list[Row]:
     if split is None and len(splits) > 1:
         raise ValueError(
             f"{path} has several splits ({', '.join(splits)}); choose by `split` (`train+restval` joins two)"

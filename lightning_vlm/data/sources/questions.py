@@ -60,15 +60,16 @@ class QuestionRow:
 
     def __call__(self, row: Row, id: str) -> Sample:
         answer = str(value_of(row, "answer", id)).strip()
+        problem, choices = value_of(row, self.problem, id), row.get("choices")
         return question(
             id,
             self.label,
-            value_of(row, self.problem, id),
+            with_choices(problem, choices) if choices else problem,
             row_images(row, self.find),
             instruction=self.instruction,
             target=boxed(answer) if self.mode == "boxed" and answer else answer,
             answer=answer,
-            info=row_info(row, (self.problem, "answer")),
+            info=row_info(row, (self.problem, "answer")) | ({"choices": choices} if choices else {}),
         )
 
 
@@ -109,8 +110,11 @@ class ChoiceRow:
         )
 
 
-def open_geometry3k(spec: SourceSpec, label: str) -> RowSource:
+def open_geometry3k(spec: SourceSpec, label: str, *, for_training: bool) -> RowSource:
     """Geometry3K from a table (`images, problem, answer`) or from a folder with one folder per problem.
+
+    Args:
+        spec, label: of the source. for_training: whether the split is `train` by default, or `test`.
 
     Raises:
         ValueError: as `open_table`; no problem of the split; `mcq` of a table without `choices`.
@@ -124,7 +128,7 @@ def open_geometry3k(spec: SourceSpec, label: str) -> RowSource:
             table = RenamedTable(_problem_table(files, place, spec.split if place == folder else None), spec.columns)
             build = ChoiceRow(label, mode, instruction, ImageFinder.of(spec, place))
             return RowSource(table, build, label=label)
-    table = open_table(spec)
+    table = open_table(spec, default_split="train" if for_training else "test")
     problem = require(table, "problem")
     require(table, "answer")
     find = ImageFinder.of(spec, table.root)
@@ -134,14 +138,17 @@ def open_geometry3k(spec: SourceSpec, label: str) -> RowSource:
     return RowSource(table, QuestionRow(label, problem, "boxed", instruction, find), label=label)
 
 
-def open_questions(spec: SourceSpec, label: str) -> RowSource:
-    """Any table with a question, its answer, and maybe images.
+def open_questions(spec: SourceSpec, label: str, *, for_training: bool) -> RowSource:
+    """Any table with a question, its answer, and maybe options and images.
+
+    Args:
+        spec, label: of the source. for_training: whether the split is `train` by default, or `test`.
 
     Raises:
         ValueError: as `open_table`; no column for question or answer.
     """
     mode = choose(spec.prompt, ("direct", "boxed"), "prompt")
-    table = open_table(spec)
+    table = open_table(spec, default_split="train" if for_training else "test")
     problem = require(table, "question", "problem")
     require(table, "answer")
     instruction = spec.instruction if spec.instruction is not None else (FREEFORM if mode == "boxed" else "")

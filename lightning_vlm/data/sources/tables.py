@@ -153,7 +153,12 @@ def read_json(file: Path, *, rows: bool = True) -> Any:
     return content
 
 
-def _jsonl_rows(file: Path) -> Iterable[bytes]:
+def jsonl_rows(file: Path) -> Iterable[bytes]:
+    """The lines of a JSONL file, each an object.
+
+    Raises:
+        ValueError: not JSON, not UTF-8, or no object (file:line).
+    """
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             line = line.removeprefix(b"\xef\xbb\xbf").strip()
@@ -255,7 +260,7 @@ def data_files(path: Path, split: str | None, default_split: str | None = None) 
 def _file_table(files: Sequence[Path], root: Path) -> JsonTable | ArrowTable:
     file, where = files[0], str(files[0])
     if file.suffix == ".jsonl":
-        return JsonTable(_jsonl_rows(file), where, root)
+        return JsonTable(jsonl_rows(file), where, root)
     if file.suffix == ".json":
         return JsonTable(read_json(file), where, root)
     if file.suffix == ".parquet":

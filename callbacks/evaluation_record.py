@@ -1,21 +1,23 @@
-"""What the model answered: every record as JSONL, and a table with pictures to look at."""
+"""What an evaluation found: every example as JSONL, scores with intervals, and a table with pictures to look at."""
 
 from __future__ import annotations
 
 import base64
 import html
 import io
-import json
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
+import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import MLFlowLogger
 from PIL import Image
 
+from lightning_vlm.benchmarks.report import scores_of, write_evaluation
 from lightning_vlm.data.images import load_image
+from lightning_vlm.export.provenance import evaluated
 
 FOLDER = "evaluations"
 _STYLE = (
@@ -25,26 +27,30 @@ _STYLE = (
 )
 
 
-class SampleTable(Callback):
-    """Writes down each evaluation of each benchmark.
+class EvaluationRecord(Callback):
+    """Writes down each evaluation of each benchmark; part of every run.
 
-    To run_dir/evaluations/<benchmark>/step-N: `records.jsonl` with every example (id, draw, prompt, output, extraction,
-    gold, score), `conditions.json` with the grading rule, prompt, sampling settings and metrics, and for the first
-    samples `images/*.png` and `table.html` (prompt, picture, output, gold, right or wrong; pictures inside the file).
+    To run_dir/evaluations/<benchmark>/step-N: `per_example.jsonl` with every example (id, draw, prompt, output,
+    extraction, gold, score), `scores.json` with the metrics and their 95 % intervals, `breakdown.json`,
+    `conditions.json` with the grading rule, prompt, sampling settings and where the weights come from; and for the
+    first samples `images/*.png` and `table.html` (prompt, picture, output, gold, score; pictures inside the file).
     Under an MLflow logger the folder becomes an artifact of the same path.
 
     Args:
-        count: samples shown with their pictures; the same ones every time. 0 writes records only.
+        count: samples shown with their pictures; the same ones every time. 0 makes no page.
         size: longer side of the pictures in pixels.
+        config_file: the run's resolved configuration, which tells where the weights come from.
 
     Raises:
         ValueError: a number out of range.
     """
 
-    def __init__(self, *, count: int = 16, size: int = 160) -> None:
+    def __init__(self, *, count: int = 16, size: int = 160, config_file: str | None = None) -> None:
         if count < 0 or size < 1:
-            raise ValueError(f"SampleTable: count cannot be negative and size must be positive, got {count}, {size}")
-        self.count, self.size = count, size
+            raise ValueError(
+                f"EvaluationRecord: count cannot be negative and size must be positive, got {count}, {size}"
+            )
+        self.count, self.size, self.config_file = count, size, config_file
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the benchmarks that were just evaluated."""
@@ -58,42 +64,43 @@ class SampleTable(Callback):
     def _write(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not trainer.is_global_zero:
             return
-        for name, records in pl_module.records.items():
+        for name, records in getattr(pl_module, "records", {}).items():  # a module of the user's own may have none
             benchmark = trainer.datamodule.evaluations[name]
             # Evaluations that score given answers have nothing to show.
             if benchmark.encoding != "prompt":
                 continue
             place = Path(FOLDER) / name / f"step-{pl_module.clock:08d}"
             folder = Path(trainer.default_root_dir) / place
-            prefix = f"{stage}/{name}/"
-            metrics = {
-                key.removeprefix(prefix): float(trainer.callback_metrics[key])
-                for key in sorted(pl_module.fresh_metrics)
-                if key.startswith(prefix)
+            conditions = benchmark.conditions() | {
+                "stage": stage,
+                "step": pl_module.clock,
+                "provenance": self._provenance(trainer, pl_module),
             }
-            self._write_folder(folder, benchmark, records, metrics, pl_module.clock)
+            self._write_folder(folder, benchmark, records, pl_module.summaries[name], conditions)
             for logger in trainer.loggers:
                 if isinstance(logger, MLFlowLogger):
                     logger.experiment.log_artifacts(logger.run_id, str(folder), artifact_path=str(place))
 
+    def _provenance(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any] | None:
+        if self.config_file is None:
+            return None
+        config = yaml.safe_load(Path(self.config_file).read_text())
+        training = trainer.state.fn == "fit"
+        return evaluated(config, step=pl_module.clock if training else None, checkpoint=trainer.ckpt_path)
+
     def _write_folder(
-        self, folder: Path, benchmark: Any, records: list[dict[str, Any]], metrics: dict[str, float], step: int
+        self, folder: Path, benchmark: Any, records: list[dict[str, Any]], summary: Any, conditions: dict[str, Any]
     ) -> None:
         """Written under another name and renamed, so that a folder that is there is whole."""
         temporary = folder.with_name(folder.name + ".tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        conditions = benchmark.conditions()
-        described = {"prompt_id": conditions["prompt_id"], "rule": conditions["rule"]}
-        with (temporary / "records.jsonl").open("w", encoding="utf-8") as stream:
-            for record in records:
-                stream.write(json.dumps(record | described, ensure_ascii=False) + "\n")
-        facts = conditions | {"step": step, "metrics": metrics}
-        (temporary / "conditions.json").write_text(json.dumps(facts, indent=2) + "\n")
+        scores = scores_of(summary, conditions["rule"])
+        write_evaluation(temporary, records, summary, scores, conditions)
         if self.count:
             rows = self._rows(temporary / "images", benchmark.samples, records)
-            title = f"{conditions['benchmark']}, step {step}, {conditions['rule']}"
-            (temporary / "table.html").write_text(_page(title, metrics, rows), encoding="utf-8")
+            title = f"{conditions['benchmark']}, step {conditions['step']}, {conditions['rule']}"
+            (temporary / "table.html").write_text(_page(title, scores, rows), encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)  # an evaluation repeated at the same step
         os.replace(temporary, folder)
 
@@ -131,18 +138,26 @@ def _row(record: dict[str, Any], pictures: list[str]) -> str:
     cells.insert(2, " ".join(pictures))
     score = float(record["score"])
     cells.append(f"{score:g}")
-    style = "right" if score == 1 else "wrong"
+    style = {1.0: "right", 0.0: "wrong"}.get(score, "graded")
     return f'<tr class="{style}">{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
 
 
 def _escaped(value: Any) -> str:
+    if isinstance(value, list):  # the references of a caption
+        return "\n".join(_escaped(entry) for entry in value)
     return "" if value is None else html.escape(str(value))
 
 
-def _page(title: str, metrics: dict[str, float], rows: list[str]) -> str:
+def _page(title: str, scores: dict[str, Any], rows: list[str]) -> str:
     heads = "".join(f"<th>{h}</th>" for h in ("id", "prompt", "image", "output", "extracted", "gold", "score"))
-    summary = ", ".join(f"{html.escape(name)} {value:.4g}" for name, value in metrics.items())
+    numbers = {name: value for name, value in scores.items() if isinstance(value, int | float)}
+    summary = ", ".join(html.escape(f"{name} {value:.4g}{_interval(scores, name)}") for name, value in numbers.items())
     return (
         f'<!doctype html><meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}</style>'
         f"<h1>{html.escape(title)}</h1><p>{summary}</p><table><tr>{heads}</tr>{''.join(rows)}</table>\n"
     )
+
+
+def _interval(scores: dict[str, Any], name: str) -> str:
+    found = scores["intervals"].get(name)
+    return "" if found is None else " [{:.3g}, {:.3g}]".format(*found)

@@ -1,32 +1,37 @@
-"""`math_equal` in a worker process that is killed when it hangs.
+"""Grading in a worker process that is killed when it hangs.
 
 Symbolic comparison of model output can run forever (`9^{9^{9^9}}`). A signal cannot interrupt it outside the main
 thread, a process can always be killed. The worker is a plain child process speaking JSON lines, so it starts the same
 from a script, a notebook, a data-loader worker or a test, imports neither torch nor the caller's main module, and ends
-with its parent.
+with its parent. Every thread has a worker of its own (`grade_apart`): as many threads, as many processes.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import select
 import subprocess
 import sys
+import threading
+from typing import Any
 
-_SERVE = "from lightning_vlm.metrics.math_worker import serve; serve()"
+_SERVE = "from lightning_vlm.metrics.grading_worker import serve; serve()"
+_PACKAGE = "lightning_vlm.metrics"
+_MEMORY = 4 << 30  # bytes of address space of a worker: a tower of powers ends in an error, not in swapping
 _START_SECONDS = 120.0  # importing sympy on a loaded machine
 
 
 class GradingTimeout(RuntimeError):
-    """A comparison took longer than it may; the answer could not be graded."""
+    """Grading took longer, or more memory, than it may; the answer could not be graded."""
 
 
-class MathWorker:
-    """Compares answers in one child process, started at the first use and again after a hang.
+class GradingWorker:
+    """Calls pure functions of the metrics in one child process, started at the first use and again after a hang.
 
     Args:
-        seconds: longest time one comparison may take.
+        seconds: longest time one call may take.
     """
 
     def __init__(self, seconds: float = 10.0) -> None:
@@ -36,27 +41,34 @@ class MathWorker:
         self._process: subprocess.Popen | None = None
         self._owner = os.getpid()
 
-    def equal(self, prediction: str, gold: str) -> bool:
-        """`math_equal(prediction, gold)`.
+    def call(self, function: str, *arguments: Any) -> Any:
+        """The result of a function of the metrics package.
+
+        Args:
+            function: `module.name` in `lightning_vlm.metrics`, for example `mathematics.math_equal`.
+            arguments: JSON values; the result is one too.
 
         Raises:
-            GradingTimeout: not decided within `seconds`; the worker was killed.
-            ValueError: what `math_equal` raises (a gold answer that cannot be parsed).
+            GradingTimeout: no result within `seconds`; the worker was killed.
+            ValueError: what the function raises (a gold answer that cannot be parsed).
             RuntimeError: the worker died.
         """
         if self._owner != os.getpid():  # a forked copy must not talk into its parent's pipe
             self._process, self._owner = None, os.getpid()
         if self._process is None or self._process.poll() is not None:
             self._start()
-        self._process.stdin.write(json.dumps([prediction, gold]).encode() + b"\n")
+        self._process.stdin.write(json.dumps([function, *arguments]).encode() + b"\n")
         self._process.stdin.flush()
         answer = self._read(self.seconds)
+        shown = ", ".join(repr(argument)[:200] for argument in arguments)
         if answer is None:
             self.close()
-            raise GradingTimeout(f"comparing {prediction!r} with {gold!r} took more than {self.seconds} s")
+            raise GradingTimeout(f"{function}({shown}) took more than {self.seconds} s")
+        if "exhausted" in answer:
+            raise GradingTimeout(f"{function}({shown}): {answer['exhausted']}")
         if "error" in answer:
             raise ValueError(answer["error"])
-        return answer["equal"]
+        return answer["result"]
 
     def close(self) -> None:
         """Ends the worker."""
@@ -79,8 +91,9 @@ class MathWorker:
 
     def _read(self, seconds: float) -> dict | None:
         """The worker's next line; None when it does not come in time."""
-        ready, _, _ = select.select([self._process.stdout], [], [], seconds)
-        if not ready:
+        poll = select.poll()  # select() refuses the high file numbers of a process with many loaders
+        poll.register(self._process.stdout, select.POLLIN)
+        if not poll.poll(seconds * 1000):
             return None
         line = self._process.stdout.readline()
         if not line:
@@ -97,13 +110,27 @@ class MathWorker:
             self.close()
 
 
+_own = threading.local()
+
+
+def grade_apart(function: str, *arguments: Any, seconds: float = 10.0) -> Any:
+    """`GradingWorker.call` in the worker of the calling thread."""
+    if not hasattr(_own, "worker"):
+        _own.worker = GradingWorker()
+    _own.worker.seconds = seconds
+    return _own.worker.call(function, *arguments)
+
+
 def serve() -> None:
-    """The worker's loop: one `[prediction, gold]` per line in, one verdict per line out."""
+    """The worker's loop: one `[function, arguments…]` per line in, one result per line out."""
     # Whatever a library prints must not mix with the answers.
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    import resource
+
     from lightning_vlm.metrics.mathematics import math_equal
 
+    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     math_equal("1", "1")  # imports sympy and the parsers before the clock runs
 
     def reply(content: dict) -> None:
@@ -112,8 +139,11 @@ def serve() -> None:
 
     reply({"ready": True})
     for line in iter(sys.stdin.readline, ""):
-        prediction, gold = json.loads(line)
+        function, *arguments = json.loads(line)
+        module, _, name = function.rpartition(".")
         try:
-            reply({"equal": bool(math_equal(prediction, gold))})
+            reply({"result": getattr(importlib.import_module(f"{_PACKAGE}.{module}"), name)(*arguments)})
         except ValueError as error:
             reply({"error": str(error)})
+        except (MemoryError, RecursionError, OverflowError) as error:
+            reply({"exhausted": f"{type(error).__name__} {error}".strip()})
