@@ -38,10 +38,8 @@ WORDS = [
     ('A "quoted" word, “curly” and ‘single’', "a quoted word curly and single"),
     ("a man (left) and [one] {more}", "a man -lrb- left -rrb- and -lsb- one -rsb- -lcb- more -rcb-"),
     ("A black-and-white close-up -- of a t-shirt - folded", "a black-and-white close-up of a t-shirt folded"),
-    ("At 5:30 p.m. on Main St. near Dr. Who", "at 5:30 p.m. on main st. near dr. who"),
+    ("At 5:30 p.m. on Main St. in the U.S.A.", "at 5:30 p.m. on main st. in the u.s.a."),
     ("1,000 birds, 3.5 miles at 12:00pm for $5.", "1,000 birds 3.5 miles at 12:00 pm for $ 5"),
-    ("Made in the U.S.A.", "made in the u.s.a."),
-    ("a cat.", "a cat"),
     ("a cat... and a dog..", "a cat and a dog"),
     ("What?! A cat?", "what ?! a cat"),
     ("and/or 50mph in the '90s at 100% & more", "and/or 50mph in the '90s at 100 % & more"),
@@ -72,8 +70,7 @@ def coco(real_data):
 @pytest.fixture(scope="module")
 def coco_tokens(coco):
     predictions, references = coco
-    refs = iter(python_tokenize([text for group in references.values() for text in group]))
-    groups = {id: [next(refs) for _ in group] for id, group in references.items()}
+    groups = {id: python_tokenize(group) for id, group in references.items()}
     return dict(zip(predictions, python_tokenize(list(predictions.values())), strict=True)), groups
 
 
@@ -106,8 +103,7 @@ def test_ptb_tokenizer_gives_the_same_words_and_no_caption_depends_on_its_neighb
 def test_no_character_shifts_a_caption():
     characters = [chr(c) for c in range(0x10000)] + HOSTILE
     lines = ptb_tokenize([f"left {c} mid{c}dle {c} right" for c in characters])
-    assert len(lines) == len(characters)
-    assert all(line.startswith("left ") and line.endswith(" right") for line in lines)
+    assert len(lines) == len(characters) and all(line.startswith("left ") and line.endswith(" right") for line in lines)
 
 
 @pytest.mark.parametrize("blank", HOSTILE)
@@ -204,9 +200,9 @@ def test_document_frequencies_travel(tmp_path):
     assert DocumentFrequencies.load(tmp_path / "df.json", tokenizer="python") == fixed
     with pytest.raises(ValueError, match=r"counted with tokenizer 'python', not 'ptb'"):
         DocumentFrequencies.load(tmp_path / "df.json")
-    (tmp_path / "other.json").write_text("[1]")
+    (tmp_path / "df.json").write_text("[1]")
     with pytest.raises(ValueError, match="holds no document frequencies"):
-        DocumentFrequencies.load(tmp_path / "other.json")
+        DocumentFrequencies.load(tmp_path / "df.json")
     with pytest.raises(ValueError, match="of 1 image"):
         cider_d(["a"], [["a"]], DocumentFrequencies.from_references({"x": ["a"]}, tokenizer="python"))
 
@@ -214,12 +210,11 @@ def test_document_frequencies_travel(tmp_path):
 def test_oracle_and_mean_of_k():
     predictions, references = toy()
     worse = {id: [text, "mat mat mat"] for id, text in predictions.items()}
-    columns = [
-        [row["CIDEr"] for row in score_captions(part, references, tokenizer="python").per_image.values()]
-        for part in (predictions, dict.fromkeys(predictions, "mat mat mat"))
-    ]
+    sets = [{id: texts[i] for id, texts in worse.items()} for i in (0, 1)]
+    parts = [score_captions(texts, references, tokenizer="python").per_image.values() for texts in sets]
+    columns = [[row["CIDEr"] for row in part] for part in parts]
     found = topk_cider(worse, references, tokenizer="python")
-    assert found == pytest.approx((np.max(columns, axis=0).mean(), np.mean(columns), 2))
+    assert found == pytest.approx(np.array(columns).T)
     with pytest.raises(ValueError, match="from 1 to 2 captions"):
         topk_cider(worse | {"image0": ["a"]}, references, tokenizer="python")
     with pytest.raises(ValueError, match=r"images 1 \('image0'\): expected a non-empty list of captions"):
@@ -275,13 +270,11 @@ def test_meteor_by_hand_with_empty_captions_in_between():
         ),
         ({"x": "a"}, {"x": []}, r"images 1 \('x'\): expected a non-empty list of reference captions, got \[\]"),
         ({"x": "a"}, {"x": "a cat"}, r"expected a non-empty list of reference captions, got 'a cat'"),
-        ({"x": "a"}, {"x": None}, r"expected a non-empty list of reference captions, got None"),
         ({"x": "a"}, {"x": ["a", " \r"]}, r"images 1 \('x'\): a reference is empty or no string"),
         ({"x": "a"}, {"x": ["a", 5]}, "a reference is empty or no string"),
         ({"x": None}, {"x": ["a"]}, r"images 1 \('x'\): the prediction is no string but None"),
         ({"x": math.nan}, {"x": ["a"]}, "no string but nan"),
         ({"x": ["a"]}, {"x": ["a"]}, r"no string but \['a'\]"),
-        ({"x": 3}, {"x": ["a"]}, "no string but 3"),
         (
             {"x": "\u2028 ", "y": "a"},
             {"x": ["a"], "y": ["a"]},
@@ -299,12 +292,13 @@ def test_other_refusals():
     with pytest.raises(ValueError, match="unknown tokenizer 'PTB'"):
         score_captions({"x": "a"}, {"x": ["a"]}, tokenizer="PTB")
     fixed = DocumentFrequencies.from_references(toy()[1], tokenizer="python")
-    with pytest.raises(ValueError, match="2 captions but 1 lists of references"):
-        cider_d(["a", "b"], [["a"]], fixed)
-    with pytest.raises(ValueError, match="expected a non-empty list of reference captions"):
-        cider_d(["a"], ["a cat"], fixed)
-    with pytest.raises(ValueError, match="the first is None"):
-        cider_d([None], [["a cat"]], fixed)
+    for captions, references, says in (
+        (["a", "b"], [["a"]], "2 captions but 1 lists of references"),
+        (["a"], ["a cat"], "expected a non-empty list of reference captions"),
+        ([None], [["a cat"]], "the first is None"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            cider_d(captions, references, fixed)
 
 
 def test_without_java(monkeypatch, tmp_path):
@@ -346,15 +340,18 @@ def test_spice_says_what_is_missing(monkeypatch, tmp_path):
     assert str(tmp_path) in str(err.value) and "\n" not in str(err.value)
 
 
+@pytest.mark.real_data
 @needs_java
 def test_real_captions_score_as_published(coco_scores):
-    expected = dict(Bleu_1=0.568, Bleu_2=0.358, Bleu_3=0.214, Bleu_4=0.129, METEOR=0.174, ROUGE_L=0.399, CIDEr=0.493)
+    expected = {"Bleu_1": 0.568, "Bleu_2": 0.358, "Bleu_3": 0.214, "Bleu_4": 0.129}
+    expected |= {"METEOR": 0.174, "ROUGE_L": 0.399, "CIDEr": 0.493}
     assert {name: round(value, 3) for name, value in coco_scores.corpus.items()} == expected
     assert list(coco_scores.corpus) == list(expected) and len(coco_scores.per_image) == 4982
     intervals = coco_scores.intervals(draws=1000)
     assert all(low < coco_scores.corpus[name] < high for name, (low, high) in intervals.items())
 
 
+@pytest.mark.real_data
 @needs_java
 def test_both_tokenizers_agree_on_real_captions(coco, coco_tokens):
     predictions, references = coco
@@ -363,6 +360,7 @@ def test_both_tokenizers_agree_on_real_captions(coco, coco_tokens):
     assert ptb_tokenize(texts) == [text for group in coco_tokens[1].values() for text in group]
 
 
+@pytest.mark.real_data
 @needs_java
 def test_every_metric_equals_the_package_on_real_captions(coco_scores, coco_tokens):
     from pycocoevalcap.bleu.bleu import Bleu
@@ -380,12 +378,13 @@ def test_every_metric_equals_the_package_on_real_captions(coco_scores, coco_toke
         own = [row[name] for row in coco_scores.per_image.values()]
         assert np.abs(np.subtract(own, rows)).max() < 1e-9
 
-    first = list(captions)[:300]
-    corpus, rows = Meteor().compute_score({id: groups[id] for id in first}, {id: wrapped[id] for id in first})
-    assert [coco_scores.per_image[id]["METEOR"] for id in first] == pytest.approx(rows, abs=1e-12)
+    some = list(captions)[:300]
+    corpus, rows = Meteor().compute_score({id: groups[id] for id in some}, {id: wrapped[id] for id in some})
+    assert [coco_scores.per_image[id]["METEOR"] for id in some] == pytest.approx(rows, abs=1e-12)
     assert java.meteor_score(coco_scores._sums["METEOR"][:300].sum(axis=0)) == pytest.approx(corpus, abs=1e-12)
 
 
+@pytest.mark.real_data
 def test_cider_depends_on_the_set_and_the_tokenizer(coco, coco_tokens):
     def cider(captions, groups, ids):
         refs = [groups[id] for id in ids]

@@ -97,15 +97,15 @@ def test_two_ranks_give_what_one_gives():
 
 
 def test_reliability_by_hand():
-    """Bins of a fifth: .3 and .4 (one right) lie in (.2, .4], .9 and 1 (both right) in (.8, 1].
+    """Bins of a fifth: .25 and .35 (one right) lie in (.2, .4], .9 and 1 (both right) in (.8, 1].
 
-    The error is 2/4 · |.5 − .35| + 2/4 · |1 − .95| = .1.
+    The error is 2/4 · |.5 − .3| + 2/4 · |1 − .95| = .125.
     """
-    curve = reliability(torch.tensor([0.3, 0.4, 0.9, 1.0]), torch.tensor([0.0, 1.0, 1.0, 1.0]), bins=5)
+    curve = reliability(torch.tensor([0.25, 0.35, 0.9, 1.0]), torch.tensor([0.0, 1.0, 1.0, 1.0]), bins=5)
     assert curve.count.tolist() == [2, 2]
-    assert curve.confidence.tolist() == pytest.approx([0.35, 0.95])
+    assert curve.confidence.tolist() == pytest.approx([0.3, 0.95])
     assert curve.accuracy.tolist() == [0.5, 1.0]
-    assert curve.error == pytest.approx(0.1)
+    assert curve.error == pytest.approx(0.125)
 
 
 def test_reliability_of_a_sure_and_of_a_perfectly_calibrated_model():

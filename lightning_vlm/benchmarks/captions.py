@@ -52,12 +52,9 @@ def summarise_captions(rule: Rule, records: list[Record], *, tokenizer: str, spi
     columns = {name: values for name, values in shares(images).items() if name == "unfinished"}
     if max(map(len, images)) > 1:
         drawn = {draws[0]["id"]: [r["extraction"] for r in draws] for draws in images}
-        per_draw = topk_cider(drawn, references, tokenizer=tokenizer)
-        for draws in images:
-            for record, value in zip(draws, per_draw[draws[0]["id"]], strict=True):
-                record["score"] = value
-        columns |= {
-            "CIDEr_mean": [fmean(values) for values in per_draw.values()],
-            "CIDEr_oracle": [max(values) for values in per_draw.values()],
-        }
+        cider = topk_cider(drawn, references, tokenizer=tokenizer)
+        for draws, values in zip(images, cider, strict=True):
+            for record, value in zip(draws, values, strict=True):
+                record["score"] = float(value)
+        columns |= {"CIDEr_mean": cider.mean(axis=1).tolist(), "CIDEr_oracle": cider.max(axis=1).tolist()}
     return Summary(metrics | {name: fmean(values) for name, values in columns.items()}, columns, scores)

@@ -19,6 +19,7 @@ from lightning_vlm.data.sources.spec import one_of
 from lightning_vlm.data.sources.tables import jsonl_rows, read_json
 
 Row = dict[str, Any]
+_MATHVISTA = "MathVista's released output file, an object of problems by pid"
 _MAGIC = "records with `image_name`, `captions` (the references) and `prediction`"
 
 
@@ -86,15 +87,12 @@ def read_mmvp(file: Path, options: Options) -> list[Given]:
 
 def read_mathvista(file: Path, options: Options) -> list[Given]:
     """MathVista's released output files: an object pid → problem with its `response` and `extraction`."""
-    gold = (
-        {} if options.questions is None else {_id(r.get("pid", r.get("id")), w): r for w, r in _rows(options.questions)}
-    )
+    gold = {} if options.questions is None else {_pid(row, where): row for where, row in _rows(options.questions)}
     given = []
     for where, row in _rows(file):
-        pid = _id(row.get("pid", row.get("id")), where)
+        pid = _pid(row, where)
         problem = gold.get(pid, {}) | row
-        wanted = ("question_type", "answer_type", "choices", "precision", options.column)
-        _require(problem, wanted, where, "MathVista's released output file, an object of problems by pid")
+        _require(problem, ("question_type", "answer_type", "choices", "precision", options.column), where, _MATHVISTA)
         if problem.get("answer") in (None, ""):
             raise ValueError(
                 f"{where}: problem {pid} has no `answer`; give the annotations by --questions testmini.json"
@@ -107,6 +105,12 @@ def read_mathvista(file: Path, options: Options) -> list[Given]:
     if gold:
         _same_ids(given, gold, file, options.questions, options, "problem")
     return _checked(given, file, options, empty=True)
+
+
+def _pid(row: Row, where: str) -> str:
+    if "pid" not in row and "id" not in row:
+        _require(row, ("pid",), where, _MATHVISTA)
+    return _id(row.get("pid", row.get("id")), where)
 
 
 def read_mathvision(file: Path, options: Options) -> list[Given]:

@@ -99,9 +99,9 @@ def mean_summary(rule: Rule, records: list[Record]) -> Summary:
     """Means over problems of per-problem means over draws.
 
     `accuracy`, `n` (problems), the shares of outputs cut at the length limit (`unfinished`), without an extracted
-    answer (`not_extracted`) and whose grading was cut off (`timed_out`). With several draws per problem: `pass_at_k` for
-    k = 1, 2, 4, … up to the number of draws, `maj_at_n` (the majority's answer, ties by first occurrence), `diversity`
-    (distinct answers / draws) and `vote_ece` (calibration of the majority's share of the votes, over 15 bins).
+    answer (`not_extracted`) and whose grading was cut off (`timed_out`). With several draws per problem: `pass_at_k`
+    for k = 1, 2, 4, … up to the number of draws, `maj_at_n` (the majority's answer, ties by first occurrence),
+    `diversity` (distinct answers / draws) and `vote_ece` (calibration of the majority's share of the votes, 15 bins).
     """
     problems = by_problem(records)
     columns = {"accuracy": [fmean(r["score"] for r in draws) for draws in problems]}
@@ -187,7 +187,7 @@ def tracked_columns(rule: Rule, problems: list[list[Record]]) -> dict[str, list[
     """`key/value` → scores of its problems, for the keys that the rule tracks."""
     grouped = _grouped(problems)
     return {
-        re.sub(r"[^\w. /]+", " ", f"{key}/{value}"): scores  # what a logger accepts in a name
+        re.sub(r"[^\w./]+", " ", f"{key}/{value}"): scores  # what a logger accepts in a name
         for key in rule.tracked
         for value, scores in sorted(grouped.get(key, {}).items())
     }

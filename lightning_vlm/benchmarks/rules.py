@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from statistics import fmean
 from typing import Any
@@ -9,12 +10,15 @@ from typing import Any
 from lightning_vlm.benchmarks.captions import CAPTION_RULES, grade_caption, metric_names, summarise_captions
 from lightning_vlm.benchmarks.rule import Groups, Record, Rule, Summary, by_problem, mean_summary
 from lightning_vlm.data.schema import Sample
+from lightning_vlm.metrics.choices import choose_option
 from lightning_vlm.metrics.exact import exact_match
 from lightning_vlm.metrics.extract import boxed, explicit_answer, marked_or_whole
 from lightning_vlm.metrics.grading_worker import GradingTimeout, grade_apart
 from lightning_vlm.metrics.mathematics import normalise_math
+from lightning_vlm.metrics.mathvista import extract_by_rules, official_prediction
 
 _LETTERS = 10  # options A to J, where a sample does not say what its options are
+_LETTER = re.compile(r"\(?([A-Za-z])\)?\.?")
 
 
 def gold_of(sample: Sample) -> str:
@@ -111,16 +115,16 @@ def grade_option(output: str, sample: Sample) -> Record:
     Raises:
         ValueError: the gold answer names no option.
     """
-    from lightning_vlm.metrics.choices import choose_option
-
     options = sample.info.get("choices") or _LETTERS
-    gold = choose_option(gold_of(sample), options)
-    if gold is None:
+    gold = gold_of(sample).strip()
+    letter = _LETTER.fullmatch(gold)
+    right = letter[1].upper() if letter else getattr(choose_option(gold, options), "letter", None)
+    if right is None:
         raise ValueError(
-            f"sample {sample.id}: gold answer {sample.answer!r} names no option; expected a letter such as 'A' or '(a)'"
+            f"sample {sample.id}: gold answer {gold!r} names no option; expected a letter such as 'A' or '(a)'"
         )
     chosen = choose_option(output, options)
-    return _verdict(None if chosen is None else chosen.letter, chosen is not None and chosen.letter == gold.letter)
+    return _verdict(None if chosen is None else chosen.letter, chosen is not None and chosen.letter == right)
 
 
 def summarise_pairs(rule: Rule, records: list[Record]) -> Summary:
@@ -152,8 +156,6 @@ def _question(sample: Sample) -> dict[str, Any]:
 
 def grade_official(extraction: str, sample: Sample, *, legacy_integers: bool = False) -> Record:
     """MathVista's own rule: an extraction that a judge made, normalised as the answer type asks, equals the gold."""
-    from lightning_vlm.metrics.mathvista import official_prediction
-
     gold = gold_of(sample)
     prediction = official_prediction(extraction, **_question(sample), legacy_integers=legacy_integers)
     found = extraction if isinstance(extraction, str) and extraction.strip() else None
@@ -162,8 +164,6 @@ def grade_official(extraction: str, sample: Sample, *, legacy_integers: bool = F
 
 def grade_mathvista(output: str, sample: Sample) -> Record:
     """The answer found by rules alone, normalised as MathVista does, equals the gold; nothing is guessed."""
-    from lightning_vlm.metrics.mathvista import extract_by_rules
-
     gold = gold_of(sample)
     prediction = extract_by_rules(output, **_question(sample), unit=sample.info.get("unit"))
     return _verdict(prediction, prediction == gold)

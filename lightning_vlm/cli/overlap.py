@@ -132,12 +132,12 @@ def opened_sources(argument: str, *, side: str, limit: int | None = None) -> lis
 def _specs(argument: str, side: str) -> list[SourceSpec]:
     if argument.endswith((".yaml", ".yml")):
         return _from_yaml(argument, side)
-    if Path(argument).exists():
-        return [SourceSpec(kind=_kind_of(Path(argument), None), path=argument)]
     kind, given, rest = argument.partition("=")
-    path, at, split = (rest if given else argument).rpartition("@")
-    if not at:
-        path, split = split, None
+    if not given or Path(argument).exists():
+        kind, given, rest = "", "", argument
+    path, split = rest, None
+    if "@" in rest and not Path(rest).exists():
+        path, _, split = rest.rpartition("@")
     if given:
         return [SourceSpec(kind=kind, path=path or None, split=split)]
     if Path(path).exists():
@@ -290,8 +290,8 @@ def _show_bad(console: Console, overlap: Overlap) -> None:
 
 
 def _how(match: Match) -> str:
-    distance = f" ({match.distance} of 256 bits)" if match.distance else ""
-    return ", ".join(kind + distance * (kind == "image_perceptual") for kind in match.kinds)
+    kinds = ", ".join(match.kinds)
+    return kinds.replace("image_perceptual", f"image_perceptual ({match.distance} of 256 bits)")
 
 
 def _write(out: Path, overlap: Overlap, given: dict[str, Any]) -> None:

@@ -43,13 +43,16 @@ class Records(Metric):
         Args:
             records: JSON objects with an `id`, and `sample` where an example has several.
         """
+        self._add(records)
+
+    def _add(self, records: Sequence[Record]) -> None:
         text = "".join(json.dumps(record) + "\n" for record in records)
         self.lines.append(torch.frombuffer(bytearray(text.encode() or b"\n"), dtype=torch.uint8).to(self.device))
 
     def sync(self, *args: Any, **kwargs: Any) -> None:
         """Gather over ranks; a rank without records takes part with an empty line."""
         if not self.lines:
-            self.update([])
+            self._add([])
         super().sync(*args, **kwargs)
 
     def distinct(self) -> list[Record]:
