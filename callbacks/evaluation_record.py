@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import os
 import shutil
 from pathlib import Path
@@ -13,18 +11,13 @@ from typing import Any
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import MLFlowLogger
-from PIL import Image
 
 from lightning_vlm.benchmarks.report import scores_of, write_evaluation
+from lightning_vlm.data import pages
 from lightning_vlm.data.images import load_image
 from lightning_vlm.export.provenance import evaluated
 
 FOLDER = "evaluations"
-_STYLE = (
-    "body{font:14px sans-serif}table{border-collapse:collapse}"
-    "td,th{border:1px solid #ccc;padding:6px;vertical-align:top;text-align:left}"
-    "pre{white-space:pre-wrap;margin:0;max-width:32em}.right{background:#e6f4e6}.wrong{background:#fbe9e7}"
-)
 
 
 class EvaluationRecord(Callback):
@@ -121,15 +114,9 @@ class EvaluationRecord(Callback):
                 picture = load_image(source)
                 picture.thumbnail((self.size, self.size))
                 picture.save(folder / f"{index:03d}-{number}.png")
-                pictures.append(_inline(picture))
+                pictures.append(pages.inline(picture))
             rows += [_row(answer, pictures) for answer in answers]
         return rows
-
-
-def _inline(picture: Image.Image) -> str:
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    return f'<img src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
 
 
 def _row(record: dict[str, Any], pictures: list[str]) -> str:
@@ -137,9 +124,7 @@ def _row(record: dict[str, Any], pictures: list[str]) -> str:
     cells = [f"<pre>{_escaped(text)}</pre>" for text in texts]
     cells.insert(2, " ".join(pictures))
     score = float(record["score"])
-    cells.append(f"{score:g}")
-    style = {1.0: "right", 0.0: "wrong"}.get(score, "graded")
-    return f'<tr class="{style}">{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
+    return pages.row([*cells, f"{score:g}"], {1.0: "right", 0.0: "wrong"}.get(score, ""))
 
 
 def _escaped(value: Any) -> str:
@@ -149,13 +134,9 @@ def _escaped(value: Any) -> str:
 
 
 def _page(title: str, scores: dict[str, Any], rows: list[str]) -> str:
-    heads = "".join(f"<th>{h}</th>" for h in ("id", "prompt", "image", "output", "extracted", "gold", "score"))
     numbers = {name: value for name, value in scores.items() if isinstance(value, int | float)}
-    summary = ", ".join(html.escape(f"{name} {value:.4g}{_interval(scores, name)}") for name, value in numbers.items())
-    return (
-        f'<!doctype html><meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}</style>'
-        f"<h1>{html.escape(title)}</h1><p>{summary}</p><table><tr>{heads}</tr>{''.join(rows)}</table>\n"
-    )
+    summary = ", ".join(f"{name} {value:.4g}{_interval(scores, name)}" for name, value in numbers.items())
+    return pages.page(title, summary, ("id", "prompt", "image", "output", "extracted", "gold", "score"), rows)
 
 
 def _interval(scores: dict[str, Any], name: str) -> str:

@@ -18,7 +18,7 @@ class NamedBenchmark(Benchmarks):
         name: what its metrics are called by, `val/<name>/…`; default the benchmark's.
         every: optimizer steps between evaluations.
         limit: only the first so many problems. A part of a benchmark is another benchmark: never compare across sizes.
-        n: answers drawn per problem. One is greedy unless `temperature` is set; several add pass_at_k, maj_at_n and diversity.
+        n: answers drawn per problem; several add pass_at_k, maj_at_n and diversity.
         temperature: of drawn answers; default 0 (greedy) for one answer, 1 for several.
         top_p: nucleus of drawn answers.
         max_new_tokens: longest answer in tokens.

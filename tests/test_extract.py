@@ -1,4 +1,4 @@
-"""Reading answers from model text: extraction, options, numbers, equality of short answers."""
+"""Where an output says its answer, and that every reader of model text takes whatever a model writes."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_vlm.metrics.choices import Choice, choose_option, matching_choices
+from lightning_vlm.metrics.choices import Choice, choose_option
 from lightning_vlm.metrics.extract import Extraction, answer_tag, boxed, final_answer, stated_answer, trim
-from lightning_vlm.metrics.mathematics import is_mathematical, math_equal, normalise_math
 from lightning_vlm.metrics.mathvista import extract_by_rules, official_prediction
-from lightning_vlm.metrics.numbers import last_number, numbers_equal, parse_number, plain_latex
-from lightning_vlm.metrics.short_answer import grade_short_answer, same_answer
+from lightning_vlm.metrics.numbers import last_number, parse_number
+from lightning_vlm.metrics.short_answer import same_answer
 
-# --- the stated answer -----------------------------------------------------------------------------------------------
+LENGTHS = ["3 cm", "5cm", "7 cm", "9 cm"]
 
 STATED = [
     # boxes
@@ -51,6 +50,9 @@ STATED = [
     ("### Final Answer\n\n12 cm", "12 cm", "marker"),
     ("**Final Answer**\n12 cm", "12 cm", "marker"),
     ("Final answer 42", "42", "marker"),
+    ("Final Answer: The final answer is $5$. I hope it is correct.", "$5$", "marker"),
+    ("The answer is $\\frac{1}{2}$, which is 0.5.", "$\\frac{1}{2}$", "marker"),
+    ("The answer is 12 - 7 = 5.", "12 - 7 = 5", "marker"),
     ("She has 3 + 4 = 7 apples.\n#### 7", "7", "marker"),
     ("The answer to the question is 5 cm.", "5 cm", "marker"),
     ("The answer, rounded to one decimal, is 5.8.", "5.8", "marker"),
@@ -93,7 +95,11 @@ STATED = [
     ("The ratio is thus equal to 2.5.", "2.5", "conclusion"),
     ("Therefore, the sum is\n\\[\n3 + 4 = 7\n\\]", "7", "conclusion"),
     ("Therefore the difference is 7.8% (11.2% - 3.4%).", "7.8%", "conclusion"),
-    ("So the range is 8 miles.\n\nI hope this helps! Let me know if you have any other questions.", "8 miles", "conclusion"),
+    (
+        "So the range is 8 miles.\n\nI hope this helps! Let me know if you have any other questions.",
+        "8 miles",
+        "conclusion",
+    ),
     ("Some go. Therefore, there are 3 potential maskers in Fig. 1.", "3", "conclusion"),
     ("There are twelve bars with values smaller than 6.", "twelve", "conclusion"),
     ('The word is "east".', "east", "conclusion"),
@@ -135,7 +141,7 @@ NOT_STATED = [
     "The answer could be 5.",
     "The answer may be either of the two, which are all right with me.",
     "Answer: N/A",
-    r"\boxed{\text{N/A}}"[:0] + r"\boxed{unknown}",
+    r"\boxed{unknown}",
     "The answer cannot be determined from the figure.",
     "I'm sorry, but I can't help with images of people yet.",
     "Sorry, I can't see the image.",
@@ -189,471 +195,40 @@ def test_trim(text, trimmed):
     assert trim(text) == trimmed
 
 
-# --- options ---------------------------------------------------------------------------------------------------------
-
-LENGTHS = ["3 cm", "5cm", "7 cm", "9 cm"]
-CHOSEN = [
-    # letters alone
-    ("B", "B"),
-    ("(b)", "B"),
-    ("b", "B"),
-    ("B.", "B"),
-    ("B)", "B"),
-    ("**B**", "B"),
-    ("**(B)**", "B"),
-    ("[B]", "B"),
-    ("A", "A"),
-    # a letter with a text
-    ("B: 5cm", "B"),
-    ("(B) 5cm", "B"),
-    ("(B) 7 cm", "B"),
-    ("B. 5cm", "B"),
-    ("option b", None),
-    (r"\boxed{B}", "B"),
-    (r"\boxed{\text{B}}", "B"),
-    (r"\boxed{\mathrm{(B)}}", "B"),
-    (r"The answer is \textbf{(B)}.", "B"),
-    (r"\boxed{\text{(B) } 5\text{ cm}}", "B"),
-    (r"\boxed{B. 5cm}", "B"),
-    ("<answer>(b)</answer>", "B"),
-    ("<answer>B</answer>", "B"),
-    ("<think>A or C?</think>\n<answer>\nD\n</answer>", "D"),
-    # markers and statements
-    ("The answer is B because this is a right triangle.", "B"),
-    ("The answer is A because this is a right triangle.", "A"),
-    ("The correct answer is **(B)**, 5cm.", "B"),
-    ("The correct answer is (B).\n\nSince AC = 5, the length is 5.", "B"),
-    ("The correct option is D.", "D"),
-    ("The answer is option b.", "B"),
-    ("Option (b)", "B"),
-    ("Answer: Option C", "C"),
-    ("Answer: B) 5cm", "B"),
-    ("Answer: C, 7 cm", "C"),
-    ("Answer: B (5cm)", "B"),
-    ("Thus, the answer is A (3 cm).", "A"),
-    ("因此，答案是A（3 cm）。", "A"),
-    ("故选：B", "B"),
-    ("Therefore, (C) is correct.", "C"),
-    ("Therefore, option C is the correct answer.", "C"),
-    ("A is correct since the legs are equal, as was to be shown above.", "A"),
-    ("I choose D.", "D"),
-    ("I would go with option (c) here, all things considered.", "C"),
-    ("The length matches option (B), as far as I can see from it.", "B"),
-    ("First it seemed that (A) is correct. In the end, (D) is correct.", "D"),
-    ("The answer is (B). So the length is 11 cm.", "B"),
-    ("The answer is not obvious, so let us see. The answer is C.", "C"),
-    ("The missing length is **(C)**.\n\nThe others, (A) and (B), are too short.", "C"),
-    # lines
-    ("B\n\nThe triangle is isosceles, so the two sides are the same.", "B"),
-    ("The triangle is isosceles, so the two sides are the same.\n\nB", "B"),
-    ("The triangle is isosceles, so the two sides are the same.\n(D)", "D"),
-    ("(B) 5cm\n\nThe triangle is isosceles.", "B"),
-    # texts
-    ("5cm", "B"),
-    ("5 cm.", "B"),
-    ("5", "B"),
-    ("five centimeters", "B"),
-    (r"\boxed{5}", "B"),
-    (r"\boxed{5\text{ cm}}", "B"),
-    ("The answer is 5.0 cm.", "B"),
-    ("So the length of the side is $5$ cm.", "B"),
-    ("Hence AB = 5", "B"),
-    ("So the third side must be this long (B).", "B"),
-]
-NOT_CHOSEN = [
-    "",
-    "E",
-    "(E)",
-    "The answer is (E) 11 cm.",
-    "A or B",
-    "(A) or (B)",
-    "The answer is A or B.",
-    "both (A) and (C)",
-    "The answer is B, C and D.",
-    "The answer is B (5cm) and C (7 cm).",
-    r"\boxed{A, B}",
-    "The answer is a triangle.",
-    "A triangle has three sides that are of equal length.",
-    "I think it is longer than that.",
-    "The answer is A triangle.",
-    "The answer is not B.",
-    "None of the options A, B, C, D is correct.",
-    "(A) 3 cm\n(B) 5cm\n(C) 7 cm\n(D) 9 cm",
-    "A\n\nor perhaps, thinking about it, rather\n\nC",
-    "f(a) is not g(b) in general, which is all that we know.",
-    "11 cm",
-    "The answer is 11 cm.",
-    "I cannot tell from the figure.",
-    "Angle A is the right angle, as the figure shows to everybody.",
-]
-
-
-@pytest.mark.parametrize(("output", "letter"), [case for case in CHOSEN if case[1]])
-def test_chosen_option(output, letter):
-    chosen = choose_option(output, LENGTHS)
-    assert chosen is not None
-    assert chosen.letter == letter
-
-
-@pytest.mark.parametrize("output", NOT_CHOSEN)
-def test_no_option_is_none(output):
-    assert choose_option(output, LENGTHS) is None
-
-
-@pytest.mark.parametrize(
-    ("output", "choices", "chosen"),
-    [
-        ("Yes, the sandwich is cut in half.", ["Yes", "No"], Choice("A", "opening")),
-        ("No", ["yes", "no"], Choice("B", "alone")),
-        ("Noon is at twelve o'clock, and the sun is high.", ["Yes", "No"], None),
-        ("The most affected organism is the Tilapia.", ["Tilapia", "Tadpole"], Choice("A", "conclusion")),
-        ("The one with the most veins is the Mucronate leaf.", ["Acute", "Mucronate"], Choice("B", "conclusion")),
-        ("It is not the Tilapia.", ["Tilapia", "Tadpole"], None),
-        ("As a result, the population would also decrease.", ["increase", "decrease"], Choice("B", "conclusion")),
-        ("Unable to determine.", ["Unable to determine.", "Nothing"], Choice("A", "alone")),
-        ("The answer is: unable to determine", ["Nothing", "Unable to determine."], Choice("B", "marker")),
-        ("18", ["9", "12", "18", "18"], None),
-        ("(C) 18", ["9", "12", "18", "18"], Choice("C", "line")),
-        ("1/2", ["0.5", "2"], Choice("A", "alone")),
-        ("The answer is 30√3m", ["30m", "30√{3}m"], Choice("B", "marker")),
-        (r"\boxed{30\sqrt{3}}", ["30m", "30√{3}m"], Choice("B", "boxed")),
-        (r"$145^\circ$", ["135°", "145°"], Choice("B", "alone")),
-        ("5 m", ["5 cm", "5 m"], Choice("B", "alone")),
-        ("5", ["5 cm", "5 m"], None),
-        ("50%", ["0.5", "50"], Choice("B", "alone")),
-        ("1/4", ["1:2", "1:4"], Choice("B", "alone")),
-        ("x", ["y", "x"], Choice("B", "alone")),
-        (r"\boxed{x}", ["y", "x"], Choice("B", "boxed")),
-        ("B", ["B", "A"], Choice("B", "alone")),
-        ("A, b, c", ["A", "B", "C"], None),
-        ("F", 6, Choice("F", "alone")),
-        ("F", 5, None),
-        ("The answer is I.", 9, Choice("I", "marker")),
-        ("I think so.", 9, None),
-    ],
-)
-def test_texts_of_options(output, choices, chosen):
-    assert choose_option(output, choices) == chosen
-
-
-@pytest.mark.parametrize("choices", [[], 0, 27])
-def test_the_number_of_options_is_checked(choices):
-    with pytest.raises(ValueError, match="1 to 26 options"):
-        choose_option("A", choices)
-
-
-def test_matching_choices():
-    assert matching_choices("18", ["9", "18", "18.0", "18"]) == [1, 3]
-    assert matching_choices("18.00", ["9", "18", "18.0"]) == [1, 2]
-    assert matching_choices("19", ["9", "18"]) == []
-    assert matching_choices("", ["", "a"]) == []
-
-
-# --- numbers ---------------------------------------------------------------------------------------------------------
-
-NUMBERS = [
-    ("5", "5"),
-    ("073", "73"),
-    ("1,234", "1234"),
-    ("1 234", "1234"),
-    ("1\u202f234", "1234"),
-    ("12,345.6", "12345.6"),
-    ("10,\\!080", "10080"),
-    ("22{,}000", "22000"),
-    ("-3", "-3"),
-    ("−3", "-3"),
-    ("+4", "4"),
-    (".5", "0.5"),
-    ("5.", "5"),
-    ("1.2e3", "1200"),
-    ("1.2 × 10^{3}", "1200"),
-    (r"1.2\times 10^3 N", "1200"),
-    (r"2.5 \cdot 10^{-2}", "0.025"),
-    ("1.5×10⁻³", "0.0015"),
-    ("10^{4}", "10000"),
-    ("3/4", "3/4"),
-    ("-3/4", "-3/4"),
-    (r"\frac{3}{4}", "3/4"),
-    (r"-\dfrac{3}{4}", "-3/4"),
-    (r"\frac{-3}{4}", "-3/4"),
-    (r"\frac34", "3/4"),
-    ("1 1/2", "3/2"),
-    (r"1\frac{1}{2}", "3/2"),
-    ("½", "1/2"),
-    ("1½ cups", "3/2"),
-    ("50%", "50"),
-    (r"50\%", "50"),
-    ("50 percent", "50"),
-    ("65°", "65"),
-    (r"65^\circ", "65"),
-    ("65 degrees", "65"),
-    ("20 °C", "20"),
-    ("$5", "5"),
-    ("-$5", "-5"),
-    ("$18.90", "18.9"),
-    (r"\$18.90", "18.9"),
-    ("€5", "5"),
-    ("5 dollars", "5"),
-    ("5cm", "5"),
-    ("5 cm^2", "5"),
-    ("5 cm²", "5"),
-    (r"5\text{ cm}^2", "5"),
-    (r"864 \mbox{ inches}^2", "864"),
-    ("12 square units", "12"),
-    ("60 km/h", "60"),
-    (r"50 \mathrm{~N} / \mathrm{m}", "50"),
-    ("7 people", "7"),
-    ("3 dots in each group", "3"),
-    ("5厘米", "5"),
-    ("x = 5", "5"),
-    ("AB=5.5 cm", "5.5"),
-    (r"m\angle A = 50^\circ", "50"),
-    ("x = 10/2 = 5", "5"),
-    ("2 + 3 = 5", "5"),
-    ("≈ 3.14", "3.14"),
-    (r"x \approx 3.14", "3.14"),
-    ("about 5", "5"),
-    ("approximately 5 cm", "5"),
-    ("**5** cm", "5"),
-    ("$5$ cm", "5"),
-    (r"\(5\)", "5"),
-    ("twelve", "12"),
-    ("Thirty-five years", "35"),
-    ("one hundred and five", "105"),
-    ("two thousand five hundred", "2500"),
-    ("ninety-nine thousand nine hundred and ninety-nine", "99999"),
-    ("minus three", "-3"),
-    ("half", "1/2"),
-    ("a half", "1/2"),
-    ("two thirds", "2/3"),
-    ("three and a half", "7/2"),
-    ("half a meter", "1/2"),
-    ("a dozen eggs", "12"),
-    ("5 million", "5000000"),
-    ("2.5 million dollars", "2500000"),
-]
-NO_NUMBERS = [
-    "", "abc", "1,23", "1,2345", "A1", "5x", "5ab", "2π", r"2\pi", r"\sqrt{2}", "5^2", "5 or 6", "5-6", "5, 6", "5 2",
-    "not 5", "5 but not 6", "less than 5", "x < 5", r"x \neq 5", r"\pm 5", "x = 5, y = 6", "x = 5 or x = 6", "x^2 = 4",
-    "2x = 10", "5x - 7y = 0", "11:15", "2:3", "5 pm", "June 20", "20 June", "third", "5th", "2nd", "one of them",
-    "five six", "twenty twelve", "1/0", r"\frac{1}{0}", "1e9999", "9" * 150, "5 sin x", "the 5", "(1, 2)", "12 apples and 3 pears",
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("text", "value"), NUMBERS)
-def test_one_number(text, value):
-    assert parse_number(text) == Fraction(value)
-
-
-@pytest.mark.parametrize("text", NO_NUMBERS)
-def test_no_number(text):
-    assert parse_number(text) is None
-
-
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        ("10 - 2 - 3 = 5", 5),
-        ("so it is -3.", -3),
-        ("between 3-5", 5),
-        ("10 -3", 3),
-        ("7 dots, see Fig. 2 and Q1a", 7),
-        ("1. First of all,\n2. it is 9\n3) done", 9),
-        ("7, as x^2 or x_2 or \\sqrt{3} show", 7),
-        ("6, not 4\\pi or 5π", 6),
-        ("It cost $1,234.50.", Fraction("1234.5")),
-        ("There are 3 values greater than 20.0", 3),
-        ("There are 3 values of at least 20", 3),
-        ("f(2) was 7 for f(3)", 7),
-        ("7 is a/2", 7),
-        ("7, a ratio of 2:1, at 11:30", 7),
-        ("It is 5cm long and 6x wide", 5),
-        ("the 2nd of 5 things", 5),
-        ("There are three maskers in Fig. Q1a", 3),
-        ("two sides of 7 cm", 7),
-        ("no one knows", None),
-        ("nothing", None),
-        (r"about 2.5 \times 10^{3} N", 2500),
-        (r"\frac{3}{4}", Fraction(3, 4)),
-        ("共5个", 5),
-    ],
-)
-def test_last_number(text, value):
-    assert last_number(text) == value
-
-
-def test_last_whole_number():
-    assert last_number("There are 4 of 2.5 cm", integer=True) == 4
-    assert last_number("2.5", integer=True) is None
-    assert last_number("2.0", integer=True) == 2
-
-
-def test_equal_numbers():
-    assert numbers_equal(Fraction("0.333333"), Fraction(1, 3))
-    assert not numbers_equal(Fraction("0.3333"), Fraction(1, 3))
-    assert not numbers_equal(Fraction("8.33"), Fraction("8.3"))
-    assert not numbers_equal(Fraction(10**9), Fraction(10**9 + 1))
-    assert not numbers_equal(Fraction("1.6e-19"), Fraction("1.7e-19"))
-
-
-# --- short answers ---------------------------------------------------------------------------------------------------
-
-SAME = [
-    ("(3, \\frac{\\pi}{2})", r"\left( 3, \frac{\pi}{2} \right)"),
-    (r"(3,\pi/2)", r"\left( 3, \frac{\pi}{2} \right)"),
-    ("-q + p", "p - q"),
-    ("14/3", r"\frac{14}{3}"),
-    ("4 2/3", r"\frac{14}{3}"),
-    ("Evelyn.", r"\text{Evelyn}"),
-    ("EVELYN", r"\text{Evelyn}"),
-    ("90", r"90^\circ"),
-    (r"\sqrt{117}", r"3\sqrt{13}"),
-    ("3√13", r"3\sqrt{13}"),
-    ("2,220", "2220"),
-    ("6-5i", "6 - 5i"),
-    ("5", "x=5"),
-    ("x = 5", "5"),
-    ("-2, 1", "1,-2"),
-    (r"1\text{ and }-2", "1,-2"),
-    ("1 or -2", "1,-2"),
-    (r"\{3, 5, 7\}", "3, 5, 7"),
-    ("7,5,3", "3, 5, 7"),
-    ("52_{8}", "52_8"),
-    (r"11\sqrt{2}", r"11\sqrt2"),
-    ("june 20", r"\text{June 20}"),
-    ("11:15 am", "11:15 a.m."),
-    ("11:15AM", r"11:15 \text{ a.m.}"),
-    ("The east", "east"),
-    (r"[-2,7]", r"x \in [-2,7]"),
-    ("3+6x^2", "6x^2+3"),
-    (r"\begin{pmatrix}-1\\2\end{pmatrix}", r"\begin{pmatrix} -1 \\ 2 \end{pmatrix}"),
-    ("73", "073"),
-    ("65°", "65"),
-    (r"\sqrt{128}", r"8 \sqrt { 2 }"),
-    ("24π", r"24 \pi"),
-    ("24*pi", r"24 \pi"),
-    ("twelve", "12"),
-    ("12 apples", "12"),
-    (r"\sqrt{144}", "12"),
-    ("50%", "50"),
-    ("50", r"50\%"),
-    ("50%", r"50\%"),
-    ("18.9", r"\$18.90"),
-    ("864 in^2", r"864 \mbox{ inches}^2"),
-    ("11,111,111,100", r"11,\! 111,\! 111,\! 100"),
-    (r"(-\infty,2)\cup(3,\infty)", r"(-\infty, 2) \cup (3, \infty)"),
-    ("2x+3", "y = 2x + 3"),
-    ("5x-7y+11z+4=0", "5x - 7y + 11z + 4 = 0"),
-    (r"1+\sqrt{19}, 1-\sqrt{19}", r"1 \pm \sqrt{19}"),
-    ("half", r"\frac{1}{2}"),
-    ("No solution.", r"\text{no solution}"),
-    ("∞", r"\infty"),
-    ("2 : 3", "2:3"),
-]
-OTHER = [
-    (r"(\frac{\pi}{2},3)", r"\left( 3, \frac{\pi}{2} \right)"),
-    ("q - p", "p - q"),
-    ("Carla", r"\text{Evelyn}"),
-    ("20", r"\text{June 20}"),
-    ("June", r"\text{June 20}"),
-    ("June 2", r"\text{June 20}"),
-    ("11", "11:15 a.m."),
-    ("11:15 p.m.", "11:15 a.m."),
-    ("1", "1,-2"),
-    ("1,2", "1,-2"),
-    ("3,5", "3, 5, 7"),
-    ("(-2,7)", r"x \in [-2,7]"),
-    ("0", "5x - 7y + 11z + 4 = 0"),
-    ("5x-7y=0", "5x - 7y + 11z + 4 = 0"),
-    ("y = 5", "x = 5"),
-    ("75.4", r"24 \pi"),
-    ("8.3", "8.33"),
-    ("0.5", r"50\%"),
-    ("50%", "0.5"),
-    ("12 or 13", "12"),
-    ("12 or 13", "13"),
-    ("not 12", "12"),
-    ("not 5 but 6", "6"),
-    ("12 people and 3 dogs", "12"),
-    ("2/15", "4:30"),
-    ("2", "2:3"),
-    ("x", "X"),
-    ("no solution", "0"),
-    ("9" * 5000, "9"),
-]
-
-
-@pytest.mark.parametrize(("prediction", "gold"), SAME)
-def test_same_answer(prediction, gold):
-    assert same_answer(prediction, gold)
-
-
-@pytest.mark.parametrize(("prediction", "gold"), OTHER)
-def test_other_answer(prediction, gold):
-    assert not same_answer(prediction, gold)
-
-
-@pytest.mark.parametrize(
-    ("output", "gold", "choices", "extraction", "right"),
-    [
-        (r"So $\boxed{073}$", "73", None, "073", True),
-        ("The answer is 5 cm.", "5", None, "5 cm", True),
-        ("The answer is 5 or 6.", "5", None, "5 or 6", False),
-        ("The answer is not 5.", "5", None, None, False),
-        ("I don't know.", "5", None, None, False),
-        ("The answer is \\text{(E)}.", r"\text{(E)}", None, "E", True),
-        ("The answer is B because it fits.", "(B)", None, "B", True),
-        ("The answer is a triangle.", "A", None, None, False),
-        ("The answer is 5cm.", "B", LENGTHS, "B", True),
-        ("(B) 5cm", "5cm", LENGTHS, "B", True),
-        ("C", "5 cm", LENGTHS, "C", False),
-        ("(D)", "18", ["9", "12", "18", "18"], "D", True),
-        ("The answer is: cannot be determined", "Cannot be determined", None, "cannot be determined", True),
-        ("Answer: unknown", "5", None, None, False),
-        ("**Answer:** June 20", r"\text{June 20}", None, "June 20", True),
-    ],
-)
-def test_grade_short_answer(output, gold, choices, extraction, right):
-    assert grade_short_answer(output, gold, choices) == (extraction, right)
-
-
-def test_gold_answers_are_checked():
-    for gold in ("", "  ", "$"):
-        with pytest.raises(ValueError, match="empty"):
-            grade_short_answer("5", gold)
-    with pytest.raises(ValueError, match="none of the options"):
-        grade_short_answer("5", "11 cm", LENGTHS)
-
-
-def test_a_decided_answer_does_not_load_sympy(monkeypatch):
-    """Equal texts and numbers are decided before math-verify is asked."""
-    monkeypatch.setattr("lightning_vlm.metrics.short_answer.math_equal", None)
-    monkeypatch.setattr("lightning_vlm.metrics.short_answer.parses", None)
-    assert same_answer(r"$\frac{1}{2}$", "0.5")
-    assert not same_answer("7 cm", "8")
-    assert same_answer(r"\left(x + 1\right)", "(x + 1)")
-
-
-def test_formulas_are_told_from_words():
-    for formula in (r"x \in [-2,7]", "6x^2+3", "12 cm", r"\frac{1}{2}", "x", "(3, 4)", r"\sin x", "2, 3 or 4"):
-        assert is_mathematical(formula)
-    for words in ("June 20", "11:15 a.m.", r"\text{Evelyn}", "2:3", "east", "5 people", "well-known", "不能确定2"):
-        assert not is_mathematical(words)
-
-
-def test_percent_signs_are_units():
-    assert math_equal("50%", "50")
-    assert not math_equal("0.5", r"50\%")
-
-
 # --- whatever a model writes -----------------------------------------------------------------------------------------
 
 PIECES = [
-    r"\boxed{", "}", "{", "\\", "$", "$$", r"\(", r"\]", "<think>", "</think>", "<answer>", "</answer>", "The answer is ",
-    "Answer: ", "not ", "5", "12.5 cm", "B", "(A)", "A", "I", " or ", " because ", ". ", "\n", "\n\n", "**", "`", "*", "_",
-    r"\frac{1}{2}", r"\text{", "a", "x = ", " is ", "π", "√", "½", "°", "%", ",", ":", "|", "```", "#### ", "- ", "1. ", "\x00",
-    "twelve ", "there are ", "if ", "…", "答案：", "\ud800", "e", "^", "10", "[1, 2]", "Yes, ",
-]  # fmt: skip
+    *(
+        r"\boxed{",
+        "}",
+        "{",
+        "\\",
+        "$",
+        "$$",
+        r"\(",
+        r"\]",
+        r"\frac{1}{2}",
+        r"\text{",
+        "<think>",
+        "</think>",
+        "<answer>",
+    ),
+    *(
+        "</answer>",
+        "The answer is ",
+        "Answer: ",
+        "#### ",
+        "答案：",
+        "not ",
+        " or ",
+        " because ",
+        "if ",
+        "there are ",
+        " is ",
+    ),
+    *("5", "12.5 cm", "B", "(A)", "A", "I", "a", "x = ", "twelve ", "10", "[1, 2]", "Yes, ", "π", "√", "½", "°", "%"),
+    *(". ", ",", ":", "\n", "\n\n", "**", "`", "*", "_", "^", "|", "```", "- ", "1. ", "e", "…", "\x00", "\ud800"),
+]
 hostile = st.one_of(st.text(max_size=80), st.lists(st.sampled_from(PIECES), max_size=25).map("".join))
 stable = settings(derandomize=True, max_examples=250, deadline=None)
 
@@ -684,7 +259,7 @@ def test_nothing_raises_and_answers_come_from_the_output(text):
 def test_a_box_at_the_end_wins(text):
     r"""Whatever comes before it, unclosed braces and boxes included: `\boxed{42}` on a line of its own is complete."""
     assert final_answer(text + "\n\\boxed{42}") == Extraction("42", "boxed")
-    assert choose_option(text + "\n\\boxed{C}", LENGTHS) == Choice("C", "boxed" if text.strip() else "boxed")
+    assert choose_option(text + "\n\\boxed{C}", LENGTHS) == Choice("C", "boxed")
 
 
 @stable
@@ -699,71 +274,10 @@ def test_whitespace_around_does_not_matter(output, text, how):
     assert final_answer(f"\n\n  {output} \n\n") == Extraction(text, how)
 
 
-@pytest.mark.parametrize("output", [output for output, letter in CHOSEN if letter])
-def test_emphasis_and_whitespace_around_do_not_matter(output):
-    assert choose_option(f" \n{output}\n ", LENGTHS).letter == choose_option(output, LENGTHS).letter
-    if "\n" not in output and "*" not in output:
-        assert choose_option(f"**{output}**", LENGTHS).letter == choose_option(output, LENGTHS).letter
-
-
 @stable
 @given(hostile)
 def test_normalisation_is_idempotent(text):
     assert trim(trim(text)) == trim(text)
-    plain = st.text
-    assert plain is not None
-
-
-FORMULAS = [text for pair in (*SAME, *OTHER) for text in pair] + [text for text, _ in NUMBERS]
-
-
-@pytest.mark.parametrize("text", FORMULAS)
-def test_normal_forms_are_their_own(text):
-    for normal in (plain_latex, normalise_math):
-        assert normal(normal(text)) == normal(text)
-
-
-@stable
-@given(st.integers(-(10**30), 10**30))
-def test_whole_numbers_round_trip(number):
-    for text in (str(number), f"{number:,}", f"x = {number}", f"{number} cm", f"**{number}**", f"${number}$"):
-        assert parse_number(text) == number
-    assert last_number(f"It is {number}.", integer=True) == number
-
-
-@stable
-@given(st.decimals(-(10**9), 10**9, allow_nan=False, allow_infinity=False, places=4))
-def test_decimals_round_trip(number):
-    for text in (str(number), f"{number:e}", f"{number:,}", f"about {number} m"):
-        assert parse_number(text) == Fraction(number)
-
-
-@stable
-@given(st.integers(-(10**6), 10**6), st.integers(1, 10**6))
-def test_fractions_round_trip(over, under):
-    for text in (f"{over}/{under}", rf"\frac{{{over}}}{{{under}}}", rf"$\dfrac{{{over}}}{{{under}}}$"):
-        assert parse_number(text) == Fraction(over, under)
-    assert same_answer(f"{over}/{under}", rf"\frac{{{over}}}{{{under}}}")
-
-
-SMALL = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
-TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
-
-
-def in_words(number: int) -> str:
-    if number < 20:
-        return SMALL.split()[number]
-    if number < 100:
-        return TENS.split()[number // 10 - 2] + (f"-{in_words(number % 10)}" if number % 10 else "")
-    size, name = (1000, "thousand") if number >= 1000 else (100, "hundred")
-    return f"{in_words(number // size)} {name}" + (f" {in_words(number % size)}" if number % size else "")
-
-
-@stable
-@given(st.integers(0, 999_999))
-def test_number_words_round_trip(number):
-    assert parse_number(in_words(number)) == number
-    assert parse_number(f"minus {in_words(number)} apples") == -number
 
 
 @pytest.mark.parametrize(

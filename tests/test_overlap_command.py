@@ -96,7 +96,7 @@ def test_the_page_is_whole(place):
     assert (page.open, page.rows, len(page.pictures)) == ([], 2, 2)  # one row is the head
     for picture in page.pictures:
         head, data = picture.split(",")
-        assert head == "data:image/jpeg;base64"
+        assert head in ("data:image/jpeg;base64", "data:image/png;base64")
         assert max(Image.open(io.BytesIO(base64.b64decode(data))).size) <= 240
     assert page.words.count(asked) == 2 and "qa/<b>" in page.words
     assert not re.search(r"(src|href)=\"(?!data:)", content)
@@ -119,8 +119,8 @@ def test_bad_pictures(place, capsys):
     (place / "1.png").write_bytes(b"broken")
     assert main(["overlap", "train.jsonl", "chats.json"]) == 2
     said = capsys.readouterr().err
-    assert said.startswith("error: TRAIN: sample qa/1.png: image ") and said.count("\n") == 1 and "--skip-bad" in said
-    assert main(["overlap", "train.jsonl", "chats.json", "--skip-bad", "--out", "out"]) == 0
+    assert said.startswith("error: TRAIN: sample qa/1.png: image ") and said.count("\n") == 1 and "--skip_bad" in said
+    assert main(["overlap", "train.jsonl", "chats.json", "--skip_bad", "--out", "out"]) == 0
     assert "not read: 1 of TRAIN (1 broken_image): qa/1.png" in capsys.readouterr().out
     (bad,) = json.loads((place / "out" / "summary.json").read_text())["train"]["bad"]
     assert (bad["id"], bad["reason"]) == ("qa/1.png", "broken_image")

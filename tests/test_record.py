@@ -53,10 +53,9 @@ class Clocked(LightningModule):
 class Numbers(LightningDataModule):
     """So many batches, and a benchmark that logs `val/toy/accuracy`."""
 
-    evaluations = {"toy": SimpleNamespace(metric_names={"accuracy"})}
-
     def __init__(self, batches: int, evaluates: bool) -> None:
         super().__init__()
+        self.evaluations = {"toy": SimpleNamespace(metric_names={"accuracy"})}
         self.batches, self.evaluates = batches, evaluates
 
     def train_dataloader(self):

@@ -242,7 +242,7 @@ def test_scoring_imports_neither_torch_nor_lightning(tmp_path):
         ([{"id": 1.5, "output": "5", "gold": "5"}], ("an id must be",)),
         ([{"id": "1", "output": "5", "gold": "5", "sample": -1}], ("`sample` must be a whole number",)),
         ([{"id": "1", "output": "5", "gold": "5"}] * 2, ("id '1' occurs twice", "`sample`")),
-        ([{"id": "1", "output": " ", "gold": "5"}], ("1 of 1 outputs are empty (1)", "--allow-empty")),
+        ([{"id": "1", "output": " ", "gold": "5"}], ("1 of 1 outputs are empty (1)", "--allow_empty")),
         ([], ("is empty",)),
         ([[1]], ("list, expected an object",)),
     ],
@@ -254,7 +254,7 @@ def test_rows_that_cannot_be_scored(tmp_path, refused, rows, words):
 
 def test_an_empty_output_is_an_answer_where_it_is_allowed(tmp_path):
     file = write(tmp_path / "a.jsonl", answers(("", "5"), (r"\boxed{5}", "5")))
-    scores, _ = score("geometry3k", file, "--allow-empty", out=tmp_path / "out")
+    scores, _ = score("geometry3k", file, "--allow_empty", out=tmp_path / "out")
     assert (scores["accuracy"], scores["not_extracted"]) == (0.5, 0.5)
 
 

@@ -90,7 +90,7 @@ class EvaluationMixin:
         return self.summaries[name].metrics
 
     def _on_first_rank(self, compute: Callable[[], dict[str, float]]) -> dict[str, float]:
-        """What `compute` returns on the first rank, or its error, on every rank: scoring may start programs of its own."""
+        """What `compute` returns on the first rank, or its error, on every rank: scoring may start other programs."""
         outcome: dict[str, float] | Exception | None = None
         if self.trainer.is_global_zero:
             try:

@@ -302,7 +302,7 @@ def _checked(given: list[Given], file: Path, options: Options, *, empty: bool = 
     if nothing and not (empty or options.allow_empty):
         raise ValueError(
             f"{file}: {len(nothing)} of {len(given)} outputs are empty ({_few(nothing)}); if the model really wrote "
-            "nothing, --allow-empty scores them as they are"
+            "nothing, --allow_empty scores them as they are"
         )
     return given
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import base64
 import html
-import io
 import json
 import os
 import shutil
@@ -20,6 +18,7 @@ from lightning_vlm.cli import schema
 from lightning_vlm.cli.arguments import Parser
 from lightning_vlm.cli.config import Config, KeyPath
 from lightning_vlm.cli.files import TOP_LEVEL, find_config, load, parse_yaml
+from lightning_vlm.data import pages
 from lightning_vlm.data.schema import BadSample, Sample
 from lightning_vlm.data.sources import KINDS, SourceSpec, open_source
 from lightning_vlm.data.sources.tables import open_table, read_json
@@ -54,11 +53,6 @@ _COLUMNS = {
     "geometry3k": {"problem", "answer", "images"},
 }
 _PAGE_ROWS, _PAGE_TEXT, _PAGE_SIDE = 200, 600, 240  # pairs, characters, pixels
-_STYLE = (
-    "body{font:14px sans-serif}table{border-collapse:collapse}"
-    "td,th{border:1px solid #ccc;padding:6px;vertical-align:top;text-align:left}"
-    "pre{white-space:pre-wrap;margin:6px 0 0;max-width:36em}"
-)
 
 
 def main(command: str, argv: list[str]) -> int:
@@ -102,7 +96,7 @@ def _parser(command: str) -> Parser:
     add("--show", type=int, default=5, metavar="N", help="matches to print (default 5)")
     add("--limit", type=int, metavar="N", help="only the first N samples of each source")
     add("--jobs", type=int, metavar="N", help="threads that decode pictures (default: the number of processors)")
-    add("--skip-bad", action="store_true", help="go on after what cannot be read, and list it")
+    add("--skip_bad", action="store_true", help="go on after what cannot be read, and list it")
     return parser
 
 
@@ -244,7 +238,7 @@ def _read(sources: list[Any], side: str, args: argparse.Namespace) -> Fingerprin
     try:
         return fingerprint(sources, jobs=args.jobs, skip_bad=args.skip_bad, track=shown)
     except BadSample as bad:
-        raise ValueError(f"{side}: {bad} (mend it, or go on without such samples by --skip-bad)") from bad
+        raise ValueError(f"{side}: {bad} (mend it, or go on without such samples by --skip_bad)") from bad
 
 
 def _show(overlap: Overlap, args: argparse.Namespace) -> None:
@@ -311,18 +305,14 @@ def _write(out: Path, overlap: Overlap, given: dict[str, Any]) -> None:
 def _page(overlap: Overlap, given: dict[str, Any]) -> str:
     """The pairs side by side, those first that most need a person's judgement."""
     doubtful = sorted(overlap.matches, key=lambda m: (m.exact, -(m.distance or 0), m.text))
-    rows = []
-    for match in doubtful[:_PAGE_ROWS]:
-        cells = [_cell(overlap.benchmark, match.benchmark), _cell(overlap.train, match.train)]
-        rows.append(f"<tr><td>{_how(match)}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
+    rows = [
+        pages.row([_how(m), _cell(overlap.benchmark, m.benchmark), _cell(overlap.train, m.train)])
+        for m in doubtful[:_PAGE_ROWS]
+    ]
     any_ = overlap.summary()["kinds"]["any"]
     said = f"{any_['samples']:,} samples of the benchmark ({100 * any_['share']:.1f} %) in {any_['pairs']:,} pairs"
-    title = html.escape(f"{given['benchmark']} in {given['train']}")
-    shown = f"{said}; shown are {len(rows):,}, the most doubtful first. Pictures match within {overlap.threshold} bits."
-    return (
-        f'<!doctype html><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style><h1>{title}</h1>'
-        f"<p>{shown}</p><table><tr><th>match</th><th>benchmark</th><th>training data</th></tr>{''.join(rows)}</table>\n"
-    )
+    said += f"; shown are {len(rows):,}, the most doubtful first. Pictures match within {overlap.threshold} bits."
+    return pages.page(f"{given['benchmark']} in {given['train']}", said, ("match", "benchmark", "training data"), rows)
 
 
 def _cell(given: Fingerprints, position: int) -> str:
@@ -344,6 +334,4 @@ def _thumbnail(image: Any) -> str:
     except BadImage as bad:
         return f"<p>{html.escape(str(bad))}</p>"
     picture.thumbnail((_PAGE_SIDE, _PAGE_SIDE))
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=80)
-    return f'<img src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+    return pages.inline(picture)

@@ -49,7 +49,7 @@ def parser(command: str) -> argparse.ArgumentParser:
     made.add_argument("--references", type=Path, metavar="FILE", help="coco: captions_*.json or dataset_coco.json")
     made.add_argument("--split", help="coco: split of Karpathy's references (default test)")
     made.add_argument("--subset", action="store_true", help="score what is there, though questions lack an answer")
-    made.add_argument("--allow-empty", action="store_true", help="take empty outputs for answers (that are wrong)")
+    made.add_argument("--allow_empty", action="store_true", help="take empty outputs for answers (that are wrong)")
     made.add_argument("--by", nargs="+", metavar="KEY", help="print the breakdown by these keys, or `all`")
     made.add_argument("--out", type=Path, metavar="DIR", help="write scores.json, per_example.jsonl and so on there")
     made.add_argument("--jobs", type=int, help="processes that compare symbolically (default: cores, at most 8)")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -52,7 +52,7 @@ _STATEMENTS = tuple(
         r"(?:故选|应选|选)(?:择|项)?\s?[:：为]?\s?[(（]?(?P<round>(?-i:[A-Z]))(?P<bare>)",
     )
 )
-_DENIED = re.compile(r"\b(?:none|neither|no|nor|not)\b[^.\n]*\Z|(?:[,/]|\bor|\band)\s\Z", re.IGNORECASE)
+_DENIED = re.compile(r"\b(?:none|neither|no|nor|not)\b[^.\n]*\Z|(?-i:\b[A-Z]|\))(?:[,/]|\sor|\sand)\s\Z", re.IGNORECASE)
 _LETTER_LINE = re.compile(rf"[*_`#>\s]*(?:{_ROUND}|(?P<bare>[A-Z]))[.):]?[*_`.\s]*")
 _LABELLED_LINE = re.compile(r"[*_`#> \t]{0,6}(?:[(\[](?P<round>[A-Za-z])[)\]]|(?P<bare>[A-Z])[.):])[*_`]{0,3}(?=\s)")
 # "… is the Tilapia", "… would decrease"
@@ -89,7 +89,7 @@ def choose_option(output: str, choices: Sequence[str] | int) -> Choice | None:
     1. `alone`: the output is nothing but an option, its letter or its text.
     2. `boxed`, `tag`: the last box, the last answer tag.
     3. `marker`: the last marker ("the answer is …") or statement ("(C) is correct", "I choose D").
-    4. `emphasis`: the only option set in bold.
+    4. `emphasis`: the only option set in bold, where no other number is.
     5. `line`: the first or the last line is a letter or starts with one: `(B) 5 cm`. A list of options has none.
     6. `conclusion`: the last sentence ends in the text of an option ("… is the Tilapia").
     7. `opening`: the output opens with the text of an option as a clause of its own ("Yes, …").
@@ -139,7 +139,9 @@ def _readings(output: str, texts: list[str], count: int) -> Iterator[tuple[str, 
     lone = _LETTER_LINE.fullmatch(whole)
     yield "alone", _in_range(_letter(lone), count) if lone else _by_text(whole, texts)
     yield from _marks(reply, texts, count)
-    yield "emphasis", _only(_read(piece, texts, count) for piece in _few(set(emphasised(reply))))
+    if len(whole.split()) <= 2:
+        yield "alone", _read(whole, texts, count)
+    yield "emphasis", _by_emphasis(set(emphasised(reply)), texts, count)
     yield "line", _by_line(whole, count)
     if conclusion := concluded(reply):
         yield "conclusion", _read(conclusion.text, texts, count)
@@ -191,15 +193,23 @@ def _one_letter(match: re.Match, text: str, count: int) -> str:
     return _in_range(_letter(match), count)
 
 
+def _by_emphasis(pieces: set[str], texts: list[str], count: int) -> str | None:
+    """The only option among what is set in bold; None where a number that is no option stands beside it."""
+    if len(pieces) > _MOST_STATEMENTS:
+        return None
+    readings = {piece: _read(piece, texts, count) for piece in pieces}
+    others = [piece for piece, letter in readings.items() if not letter and parse_number(piece) is not None]
+    return None if others else _only(readings.values())
+
+
 def _by_line(text: str, count: int) -> str | None:
     lines = [line for line in text.splitlines() if line.strip()]
     ends = lines[:1] + lines[-1:]
-    letters = [match for line in ends if (match := _LETTER_LINE.fullmatch(line))]
-    if not letters and any(_LABELLED_LINE.match(line) for line in ends):
-        letters = [match for line in lines if (match := _LABELLED_LINE.match(line))]
-    if not letters:
+    named = {_letter(match) for line in ends if (match := _LETTER_LINE.fullmatch(line))}
+    if not named and any(_LABELLED_LINE.match(line) for line in ends):
+        named = {_one_letter(match, line, count) for line in lines if (match := _LABELLED_LINE.match(line))}
+    if not named:
         return None
-    named = {_letter(match) for match in letters}
     return _in_range(named.pop(), count) if len(named) == 1 else _UNDECIDED
 
 
@@ -218,14 +228,10 @@ def _by_ending(ending: re.Match, texts: list[str]) -> str | None:
     return None
 
 
-def _only(letters: Iterator[str | None]) -> str | None:
+def _only(letters: Iterable[str | None]) -> str | None:
     """The one letter that is named; None where there is none or several."""
     named = {letter for letter in letters if letter}
     return named.pop() if len(named) == 1 else None
-
-
-def _few(pieces: set[str]) -> set[str]:
-    return pieces if len(pieces) <= _MOST_STATEMENTS else set()
 
 
 def _letter(match: re.Match) -> str:
@@ -237,7 +243,7 @@ def _nth(index: int) -> str:
 
 
 def _in_range(letter: str, count: int) -> str:
-    return letter if ord(letter) - ord("A") < count else _UNDECIDED
+    return letter if letter and ord(letter) - ord("A") < count else _UNDECIDED
 
 
 def _number(text: str) -> Fraction | None:

@@ -18,7 +18,7 @@ _ANY_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # the first branch steps over \{, \} and line breaks
 _TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
 
-_LINK = r"\s{0,2}[*_`]{0,3}\s{0,2}(?:(?:is|are|would be|should be|must be|will be)\b|[=:：])"
+_LINK = r"\s{0,2}[*_`]{0,3}\s{0,2}(?:\b(?:is|are|would be|should be|must be|will be)\b|[=:：])"
 _MARKER = re.compile(
     # "The (correct) answer (to the question) is", "Answer:", "**Answer**:", "the correct option is", "答案："
     r"\b(?:ans(?:wers?)?|(?:correct|right|best|final)\s(?:option|choice|letter|statement|value|result))"
@@ -60,7 +60,7 @@ _COURTESY = re.compile(
     re.IGNORECASE,
 )
 _LONGEST_SENTENCE = 600  # characters
-_SENTENCE_END = re.compile(r"(?<=[.!?])[*_\"”)]{0,3}\s+(?=[A-Z*$\\(“\"#\d-])|\n+")
+_SENTENCE_END = re.compile(r"(?<=[.!?])[*_\"”)]{0,3}\s+(?=[A-Z*$\\(“\"#])|\n+")
 _DISPLAYED = re.compile(r"\s*(?:\\\[.*?\\\]|\$\$.*?\$\$)", re.DOTALL)
 _EQUALS = re.compile(r"(?:\b(?:is|are|be|equals|equal to)\s|=|≈|\\approx\b)\s*", re.IGNORECASE)
 _PLACE = re.compile(r"\b(?:at|for|with|as|to|from|by)\s\S{1,12}\s?\Z", re.IGNORECASE)  # "the slope at x = 5"
@@ -76,8 +76,13 @@ _CONDITION = re.compile(
     r"impossible|unable|without|depends)\b|n't\b",
     re.IGNORECASE,
 )
+_SUPPOSED = re.compile(
+    r"\b(?:for example|for instance|suppose|imagine)\b|\bif\b.*\b(?:would|could|might)\s\Z", re.IGNORECASE | re.DOTALL
+)
 _EMPHASISED = re.compile(r"\*\*([^*\n]{1,80})\*\*")
 _QUOTED = re.compile(r"(?:\*\*|__|\"|“|`)[^*_\"“”`\n]{1,60}(?:\*\*|__|\"|”|`)")
+_MARKUP = re.compile(r"\\boxed|\\fbox|</?answer>|\banswers?\b", re.IGNORECASE)
+_ROW = re.compile(r"[*+•-]\s|\|")  # of a list or a table
 _MOST_WORDS = 5
 _LONGEST_ANSWER = 2000  # characters; longer texts are not searched for markdown
 
@@ -237,6 +242,8 @@ def concluded(text: str) -> Extraction | None:
 
 def conditional(before: str) -> bool:
     """Whether the clause that leads to a value sets a condition, denies it or only supposes it."""
+    if _SUPPOSED.search(before):
+        return True
     return _CONDITION.search(re.split(r"[,;:]\s|\b(?:so|thus|hence|therefore)\b", before)[-1]) is not None
 
 
@@ -326,10 +333,12 @@ def _bold_number(text: str) -> Extraction | None:
 
 def _alone(text: str) -> Extraction | None:
     text = text.strip().removeprefix("<think>").strip()
-    if "\n" not in text and len(text.split()) <= _MOST_WORDS and not text.endswith(("?", ":")):
-        return Extraction(trim(text), "alone") if trim(text) else None
+    if "\n" not in text and len(text.split()) <= _MOST_WORDS:
+        whole = trim(text) and not text.endswith(("?", ":")) and not _MARKUP.search(text)
+        return Extraction(trim(text), "alone") if whole else None
     last = last_sentence(text)
-    if last and text.endswith(last) and text[: -len(last)].rstrip(" \t").endswith("\n") and _is_value(last):
+    own_line = last and text.endswith(last) and text[: -len(last)].rstrip(" \t").endswith("\n")
+    if own_line and _is_value(last) and not _ROW.match(last):
         return Extraction(trim(last), "alone")
     return None
 

@@ -1,8 +1,8 @@
 r"""Geometry3K's graders: equality of the boxed answer, and math-verify as it comes.
 
 Two rules under two names, because the same outputs get different scores by them: `freeform` reads only `\boxed{}` and
-compares after units, degree signs and Unicode signs are normalised; `math-verify` hands the whole output to math-verify,
-as R1-V and many a training script do, and inherits what it takes for the answer and the gold.
+compares after units, degree signs and Unicode signs are normalised; `math-verify` hands the whole output to
+math-verify, as R1-V and many a training script do, and inherits what that takes for the answer and the gold.
 """
 
 from __future__ import annotations

@@ -24,8 +24,8 @@ _TEXT = re.compile(
 )
 _EMPHASIS = re.compile(r"(?<![\w*])(\*\*|__|`)([^*_`]+)\1(?!\w)")
 # The second backslash of a line break `\\` opens none of these.
-_TYPESETTING = re.compile(r"(?<!\\)\\(?:[,;: ]|left\b|right\b|q?quad\b|displaystyle\b|textstyle\b)|~")
-_DELIMITERS = re.compile(r"\\?\$|(?<!\\)\\[()\[\]]")
+_TYPESETTING = re.compile(r"(?<!\\)\\(?:[,;: ]|q?quad\b|displaystyle\b|textstyle\b)|~")
+_DELIMITERS = re.compile(r"\\?\$|(?<!\\)\\(?:[()\[\]]|(?:left|right)\b)")
 DEGREE = re.compile(r" ?(?:\^ ?\{? ?(?:\\circ\b|°) ?\}?|\\degrees?\b|[°º˚]|\bdeg(?:ree)?s?\b\.?)", re.IGNORECASE)
 
 
@@ -105,7 +105,8 @@ _SIGN = re.compile(r"(?:^|[(\[{=:,<>~≈]|(?:^|[^0-9)\]}]) )-$")
 _NO_VALUE_BEFORE = re.compile(
     # the number of a figure or a step, a bound ("more than 5"), a root, an exponent, an argument, a divisor of a letter
     r"\b(?:fig(?:ure)?|table|step|question|problem|example|option|choice|eq(?:uation)?|case|part|section|chapter|"
-    r"page|image|picture|no|method)s?\.? ?[(#]?$|\b(?:than|at least|at most|below|above|under|over|up to) [$€£]?$|"
+    r"page|image|picture|no|method)s?\.? ?[(#]?$|"
+    r"\b(?:than|at least|at most|below|above|under|over|(?<!add )(?<!adds )up to) [$€£]?$|"
     r"(?:\\sqrt|√) ?[({]?$|[\^_] ?\{ ?[+-]?$|[A-Za-z]\($|[A-Za-z)}] ?/ ?$|[0-9]:$",
     re.IGNORECASE,
 )
@@ -142,7 +143,7 @@ def parse_number(text: str) -> Fraction | None:
     left, _, right = re.sub(r"\\approx\b|≈", "=", text).rpartition("=")
     if _NO_LEFT_SIDE.search(left) or _NO_NAME.search(left.partition("=")[0]):
         return None
-    text = _ABOUT.sub("", right.strip(" .:'\"")).strip()
+    text = _ABOUT.sub("", right.strip(" :'\"").rstrip(" .:'\"")).strip()
     match = _NUMBER.match(text)
     return _in_words(text) if match is None else _with_unit(_value(match), text[match.end() :])
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from fractions import Fraction
 
 from lightning_vlm.metrics.choices import choose_option, matching_choices
 from lightning_vlm.metrics.extract import final_answer, stated_answer, withheld
@@ -58,17 +59,23 @@ def same_answer(prediction: str, gold: str) -> bool:
     - Words without regard to case, articles, punctuation and LaTeX around them. Nothing less than the whole answer
       counts: `20` is not `June 20`.
     """
-    if normalise_math(prediction) == normalise_math(gold):
+    if _compact(prediction) == _compact(gold):
         return True
-    wanted, given = parse_number(gold), parse_number(prediction)
-    if wanted is not None and given is not None and not ("=" in prediction and "=" in gold):
+    (name, equals, given), (gold_name, gold_equals, wanted) = prediction.partition("="), gold.partition("=")
+    if equals and gold_equals:
+        if _compact(name) == _compact(gold_name):
+            return same_answer(given, wanted)
+        given = wanted = None  # `x = 5` is not `y = 5`
+    else:
+        given, wanted = parse_number(prediction), parse_number(gold)
+    if wanted is not None and given is not None:
         return numbers_equal(given, wanted)
-    formula = _formula(gold)
+    formula = _formula(gold, wanted)
     if wanted is None and not (is_mathematical(gold) and parses(formula)):
-        return _words(prediction) == _words(gold)
+        return _words(prediction) == _words(gold) != ""
     if len(prediction) > _LONGEST_FORMULA or (given is None and not is_mathematical(prediction)):
         return False
-    return math_equal(_formula(prediction), formula)
+    return math_equal(_formula(prediction, given), formula)
 
 
 def _gold_letters(gold: str, choices: Sequence[str]) -> set[str]:
@@ -84,9 +91,13 @@ def _gold_letters(gold: str, choices: Sequence[str]) -> set[str]:
     return {chr(ord("A") + index) for index in found}
 
 
-def _formula(text: str) -> str:
+def _compact(text: str) -> str:
+    """A normal form without the spaces that part no words or digits."""
+    return re.sub(r" (?!\w)|(?<!\w) ", "", normalise_math(text))
+
+
+def _formula(text: str, number: Fraction | None) -> str:
     """A formula as `math_equal` reads it: a number in figures, `or` and `and` as commas."""
-    number = parse_number(text)
     return str(number) if number is not None else re.sub(r",? \b(?:or|and)\b ", ", ", plain_latex(text))
 
 
