@@ -1,4 +1,4 @@
-"""Metrics: extraction, equality of answers, letters, entropies. Known answers throughout."""
+"""Metrics: extraction, equality of answers, entropies. Known answers throughout."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lightning_vlm.metrics.entropy import entropy_summary
-from lightning_vlm.metrics.exact import choice_letter, exact_match, letter_match
+from lightning_vlm.metrics.exact import exact_match
 from lightning_vlm.metrics.extract import answer_tag, boxed, explicit_answer, marked_or_whole
 from lightning_vlm.metrics.mathematics import math_equal, normalise_math
 
@@ -125,33 +125,6 @@ def test_exact_match():
     assert exact_match("a red", "a red circle") == 0.0
     with pytest.raises(ValueError, match="at least one"):
         exact_match("a", [])
-
-
-@pytest.mark.parametrize(
-    ("text", "letter"),
-    [
-        ("(a)", "a"),
-        ("A", "a"),
-        ("b.", "b"),
-        ("(B) Closed", "b"),
-        ("The answer is (b).", "b"),
-        ("(a), so (a)", "a"),
-        ("(a) or (b)", None),
-        ("", None),
-        ("Open", None),
-        ("A butterfly", None),
-    ],
-)
-def test_choice_letter(text, letter):
-    assert choice_letter(text) == letter
-
-
-def test_letter_match():
-    assert letter_match("(a) Open", "(a)") == 1.0
-    assert letter_match("B", "(a)") == 0.0
-    assert letter_match("no idea", "(a)") == 0.0
-    with pytest.raises(ValueError, match="names no option letter"):
-        letter_match("a", "Open")
 
 
 def test_entropy_summary():

@@ -171,6 +171,7 @@ def test_folder_of_files_by_split(tmp_path):
     boxed = opened(kind="qa", path=str(tmp_path), split="test", prompt="boxed")[0]
     assert boxed.chosen() == "\\boxed{3}" and "\\boxed{}" in words(boxed.messages[0])
     refused("name a `split`", "test, train", kind="qa", path=str(tmp_path))
+    assert opened(False, kind="qa", path=str(tmp_path))[0].answer == "3"  # what is evaluated is the test split
     write(tmp_path / "test.json", [{"question": "1+2?", "answer": "3"}])
     refused("several times", kind="qa", path=str(tmp_path), split="test")
     refused("one file; leave it out", kind="qa", path=str(tmp_path / "test.json"), split="test")

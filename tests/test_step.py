@@ -144,6 +144,17 @@ def test_evaluation_gives_the_same_records_on_two_ranks(world, strategy):
     assert len(records) == 10 and len({(r["id"], r["sample"]) for r in records}) == 10
     assert len({r["output"] for r in records}) > 1
     assert world[f"{strategy}_asked"]["records"]["world"] == records
+    (scores,) = world["asked"]["evaluated"]
+    assert {"val/world/accuracy", "val/world/pass_at_2"} <= scores.keys()
+    assert world[f"{strategy}_asked"]["evaluated"] == [scores, scores]
+
+
+def test_scoring_that_fails_on_the_first_rank_ends_both(tmp_path):
+    """The second rank waits for the scores; it must hear of the error instead of waiting for ever."""
+    spec = {"name": "asked", "model": "embedded:qwen2_5_vl-tiny", "world": {"size": 8}, "benchmark": {"size": 5}}
+    spec |= {"strategy": "ddp", "steps": 1, "unscorable": True, "run_dir": str(tmp_path / "run")}
+    done = run_scenarios([spec], tmp_path, processes=2, timeout=120)
+    assert done.returncode == 1 and done.stderr.count("ValueError: the scorer is not installed") == 2
 
 
 @pytest.mark.parametrize("name", ["autocast", "masters", "fsdp2_bf16"])

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import shlex
 import subprocess
 import sys
@@ -44,29 +43,25 @@ def fit(experiment: str, run_dir: Path, *more: str) -> None:
     command("fit", "-c", experiment, "--run_dir", str(run_dir), *resume, *more)
 
 
-def interval(accuracy: float, n: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share."""
-    z = 1.959964
-    centre = (accuracy + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(accuracy * (1 - accuracy) / n + z * z / (4 * n * n))
-    return centre - half, centre + half
-
-
-def table(results: dict[str, float]) -> Table:
-    """Accuracy by split and family, in per cent."""
-    out = Table(title="Greedy accuracy, % (world/exact), of the model directory", caption="95 % intervals by Wilson")
+def table(evaluations: Path) -> Table:
+    """Accuracy by split and family, in per cent, from the files that the evaluation left."""
+    out = Table(
+        title="Greedy accuracy, % (world/exact), of the model directory",
+        caption="95 % intervals by bootstrap over questions",
+    )
     for column, justify in (("split", "left"), ("all [95 %]", "right"), *((f, "right") for f in FAMILIES)):
         out.add_column(column, justify=justify)
     out.add_column("captions", justify="right")
     out.add_column("n", justify="right")
     for split, meaning in SPLITS.items():
-        values = {k.split("/", 2)[2]: v for k, v in results.items() if k.startswith(f"test/{split}/")}
-        n = int(values["n"])
-        low, high = interval(values["accuracy"], n)
-        cells = [f"{100 * values['accuracy']:.1f} [{100 * low:.0f}, {100 * high:.0f}]"]
-        for name in (*(f"family/{family}" for family in FAMILIES), "family/caption"):
-            cells.append(f"{100 * values[name]:.0f}" if name in values else "")
-        out.add_row(f"{split}: {meaning}", *cells, str(n))
+        (file,) = (evaluations / split).glob("step-*/scores.json")
+        scores = json.loads(file.read_text())
+        low, high = scores["intervals"]["accuracy"]
+        cells = [f"{100 * scores['accuracy']:.1f} [{100 * low:.0f}, {100 * high:.0f}]"]
+        for name in (*FAMILIES, "caption"):
+            share = scores.get(f"family/{name}")
+            cells.append("" if share is None else f"{100 * share:.0f}")
+        out.add_row(f"{split}: {meaning}", *cells, str(scores["n"]))
     return out
 
 
@@ -85,11 +80,11 @@ def main() -> None:
     fit("experiment/world-sft", run / "sft", "--backbone.path", str(run / "warmup" / "model"), *steps)
     model = ("--backbone.path", str(run / "sft" / "model"))
     command("test", "-c", "experiment/world-test", "--run_dir", str(run / "test"), *model)
-    results = json.loads((run / "test" / "test.json").read_text())
+    evaluations = run / "test" / "evaluations"
     print()
-    Console(width=None if sys.stdout.isatty() else 150).print(table(results))
+    Console(width=None if sys.stdout.isatty() else 150).print(table(evaluations))
     print(f"model directory   {run / 'sft' / 'model'}")
-    print(f"answers, pictures {run / 'test' / 'evaluations'}")
+    print(f"answers, pictures {evaluations}")
     print("curves            mlflow ui --backend-store-uri sqlite:///mlflow.db")
 
 

@@ -232,6 +232,8 @@ def _rows(file: Path) -> Iterable[tuple[str, Row]]:
     if file.suffix == ".jsonl":
         rows = [(f"{file}:{number}", json.loads(line)) for number, line in enumerate(jsonl_rows(file), 1)]
     else:
+        if isinstance(content := read_json(file, rows=False), dict) and "images" in content:
+            raise ValueError(f"{file} holds reference captions, no answers: give it by --references")
         rows = [(f"{file}, {_name(row, n)}", row) for n, row in enumerate(read_json(file))]
     if not rows:
         raise ValueError(f"{file} is empty: there is nothing to score")

@@ -15,7 +15,7 @@ from lightning_vlm.metrics.exact import exact_match
 from lightning_vlm.metrics.extract import boxed, explicit_answer, marked_or_whole
 from lightning_vlm.metrics.grading_worker import GradingTimeout, grade_apart
 from lightning_vlm.metrics.mathematics import normalise_math
-from lightning_vlm.metrics.mathvista import extract_by_rules, official_prediction
+from lightning_vlm.metrics.mathvista import extract_by_rules, official_correct, official_prediction
 
 _LETTERS = 10  # options A to J, where a sample does not say what its options are
 _LETTER = re.compile(r"\(?([A-Za-z])\)?\.?")
@@ -51,7 +51,8 @@ def grade_world(output: str, sample: Sample) -> Record:
     chain before it.
     """
     if sample.info["family"] == "caption":
-        return _verdict(output.strip(), exact_match(output, sample.info["references"]) == 1)
+        references = sample.info["references"]
+        return _verdict(output.strip(), exact_match(output, references) == 1) | {"gold": list(references)}
     answer = marked_or_whole(output)
     direct = output.strip().startswith("\\boxed") or explicit_answer(output) is None
     return _verdict(answer, exact_match(answer, gold_of(sample)) == 1) | {"direct": direct}
@@ -159,14 +160,14 @@ def grade_official(extraction: str, sample: Sample, *, legacy_integers: bool = F
     gold = gold_of(sample)
     prediction = official_prediction(extraction, **_question(sample), legacy_integers=legacy_integers)
     found = extraction if isinstance(extraction, str) and extraction.strip() else None
-    return _verdict(found, prediction == gold) | {"prediction": prediction}
+    return _verdict(found, official_correct(prediction, gold)) | {"prediction": prediction}
 
 
 def grade_mathvista(output: str, sample: Sample) -> Record:
     """The answer found by rules alone, normalised as MathVista does, equals the gold; nothing is guessed."""
     gold = gold_of(sample)
     prediction = extract_by_rules(output, **_question(sample), unit=sample.info.get("unit"))
-    return _verdict(prediction, prediction == gold)
+    return _verdict(prediction, official_correct(prediction, gold))
 
 
 def mathvista_groups(sample: Sample) -> Groups:

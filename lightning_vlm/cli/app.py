@@ -133,7 +133,7 @@ def run(command: str, config: Config, options: dict[str, Any]) -> int:
     if command == "fit":
         _say_what_next(cli.trainer, config_file)
     elif command != "predict":
-        _write_results(run_dir / f"{command}.json", results)
+        _write_results(run_dir / f"{command}.json", results, getattr(cli.model, "summaries", {}))
     return 0
 
 
@@ -339,14 +339,17 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-def _write_results(path: Path, results: list[dict[str, float]]) -> None:
+def _write_results(path: Path, results: list[dict[str, float]], summaries: dict[str, Any]) -> None:
+    """Write the metrics, print them with the intervals that their summaries give."""
     if rank_zero_only.rank == 0:
         merged = {name: value for result in results for name, value in result.items()}
         path.write_text(json.dumps(merged, indent=2, sort_keys=True) + "\n")
+        intervals = {f"{name}/{m}": i for name, s in summaries.items() for m, i in s.intervals().items()}
         width = max(map(len, merged), default=0)
         for name, value in sorted(merged.items()):
+            low, high = intervals.get(name.partition("/")[2], (None, None))
             if name != "step":
-                say(f"{name:<{width}}  {value:.6g}")
+                say(f"{name:<{width}}  {value:<9.4g}" + ("" if low is None else f" [{low:.3g}, {high:.3g}]"))
         say(f"results: {path}")
 
 

@@ -74,8 +74,8 @@ def main(command: str, argv: list[str]) -> int:
         allow_empty=args.allow_empty,
     )
     folders = _folders(args.out, args.files)
-    for file, folder in zip(args.files, folders, strict=True):
-        given = OFFLINE[args.benchmark].read(file, options)
+    read = [OFFLINE[args.benchmark].read(file, options) for file in args.files]  # all, before any is scored
+    for file, given, folder in zip(args.files, read, folders, strict=True):
         records, summary = _score(rule, given, args)
         scores = scores_of(summary, rule.name, seed=args.seed)
         _print(file, rule, records, summary, scores, args)

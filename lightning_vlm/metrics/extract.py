@@ -62,7 +62,10 @@ _COURTESY = re.compile(
 _LONGEST_SENTENCE = 600  # characters
 _SENTENCE_END = re.compile(r"(?<=[.!?])[*_\"”)]{0,3}\s+(?=[A-Z*$\\(“\"#])|\n+")
 _DISPLAYED = re.compile(r"\s*(?:\\\[.*?\\\]|\$\$.*?\$\$)", re.DOTALL)
-_EQUALS = re.compile(r"(?:\b(?:is|are|be|equals|equal to)\s|=|≈|\\approx\b)\s*", re.IGNORECASE)
+_EQUALS = re.compile(
+    r"(?:\b(?:is|are|be|equals|equal to)\s|=|≈|\\approx\b)\s*(?:(?:therefore|thus|hence|then|simply|exactly),?\s){0,2}",
+    re.IGNORECASE,
+)
 _PLACE = re.compile(r"\b(?:at|for|with|as|to|from|by)\s\S{1,12}\s?\Z", re.IGNORECASE)  # "the slope at x = 5"
 _REMARK = re.compile(r"\s\([^()]*\)\W*\Z")  # "7.8 % (11.2 % - 3.4 %)"
 _THERE_ARE = re.compile(

@@ -22,7 +22,7 @@ from callbacks.checkpoint import Checkpoint, last_checkpoint
 from lightning_vlm import algorithms
 from lightning_vlm.algorithms import SFT
 from lightning_vlm.algorithms.totals import Micro
-from lightning_vlm.benchmarks import BenchmarkSpec
+from lightning_vlm.benchmarks import Benchmark, BenchmarkSpec
 from lightning_vlm.data.module import VLMData
 from lightning_vlm.data.sources import SourceSpec
 from lightning_vlm.losses.terms import Term
@@ -86,6 +86,15 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach()
 
 
+def over_ranks(value: Any) -> list[Any]:
+    """What each rank has."""
+    if not torch.distributed.is_initialized():
+        return [value]
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
 def source(spec: dict[str, Any]) -> SourceSpec:
     """The scenario's JSONL, or the embedded world."""
     if "world" in spec:
@@ -99,13 +108,18 @@ def benchmark(options: dict[str, Any]) -> BenchmarkSpec:
     return BenchmarkSpec(source=world, every=1, temperature=1.0, n=2, max_new_tokens=6)
 
 
+def unscorable(benchmark: Benchmark, records: list[dict[str, Any]]):
+    """What a benchmark does whose scorer fails."""
+    raise ValueError("the scorer is not installed")
+
+
 def run(spec: dict[str, Any], world: int) -> dict[str, Any]:
     """One scenario.
 
     Keys: `model`, `data` JSONL or `world` options, `dtype`, `algorithm` class name, `strategy` (auto | ddp | fsdp2),
     `mixed_precision`, `precision`, `steps`, `batch_size`, `settings` of the algorithm, `chunk_bytes`, `shuffle`,
     `run_dir`, `checkpoint`, `resume` ("last"), `kill_at`, `workers`, `on_bad_sample`, `benchmark` (options of the world
-    it asks about).
+    it asks about), `unscorable` (its scoring fails).
     """
     kernel.CHUNK_BYTES = spec.get("chunk_bytes", kernel.CHUNK_BYTES)
     backbone = Backbone(path=spec["model"], dtype=spec.get("dtype", "float64"))
@@ -127,6 +141,8 @@ def run(spec: dict[str, Any], world: int) -> dict[str, Any]:
         callbacks.append(Checkpoint(every=1))
     if "benchmark" in spec:
         callbacks.append(Benchmarks(benchmarks={"world": benchmark(spec["benchmark"])}))
+    if spec.get("unscorable", False):
+        Benchmark.summary = unscorable
     strategy = spec.get("strategy", "auto")
     if strategy == "fsdp2":
         strategy = FSDP2(mixed_precision=spec.get("mixed_precision", "none"))
@@ -154,6 +170,7 @@ def run(spec: dict[str, Any], world: int) -> dict[str, Any]:
         "gradients": record.gradients,
         "weights": weights,
         "metrics": module.last_step["metrics"],
+        "evaluated": over_ranks({k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}),
     }
 
 

@@ -114,7 +114,7 @@ def open_geometry3k(spec: SourceSpec, label: str, *, for_training: bool) -> RowS
     """Geometry3K from a table (`images, problem, answer`) or from a folder with one folder per problem.
 
     Args:
-        spec, label: of the source. for_training: whether the split is `train` by default, or `test`.
+        spec, label: of the source. for_training: else `test` is taken where no split is named.
 
     Raises:
         ValueError: as `open_table`; no problem of the split; `mcq` of a table without `choices`.
@@ -128,7 +128,7 @@ def open_geometry3k(spec: SourceSpec, label: str, *, for_training: bool) -> RowS
             table = RenamedTable(_problem_table(files, place, spec.split if place == folder else None), spec.columns)
             build = ChoiceRow(label, mode, instruction, ImageFinder.of(spec, place))
             return RowSource(table, build, label=label)
-    table = open_table(spec, default_split="train" if for_training else "test")
+    table = open_table(spec, default_split=None if for_training else "test")
     problem = require(table, "problem")
     require(table, "answer")
     find = ImageFinder.of(spec, table.root)
@@ -142,13 +142,13 @@ def open_questions(spec: SourceSpec, label: str, *, for_training: bool) -> RowSo
     """Any table with a question, its answer, and maybe options and images.
 
     Args:
-        spec, label: of the source. for_training: whether the split is `train` by default, or `test`.
+        spec, label: of the source. for_training: else `test` is taken where no split is named.
 
     Raises:
         ValueError: as `open_table`; no column for question or answer.
     """
     mode = choose(spec.prompt, ("direct", "boxed"), "prompt")
-    table = open_table(spec, default_split="train" if for_training else "test")
+    table = open_table(spec, default_split=None if for_training else "test")
     problem = require(table, "question", "problem")
     require(table, "answer")
     instruction = spec.instruction if spec.instruction is not None else (FREEFORM if mode == "boxed" else "")

@@ -138,7 +138,8 @@ def read_json(file: Path, *, rows: bool = True) -> Any:
     try:
         content = json.loads(file.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{file}:{error.lineno}: not JSON: {error.msg}") from error
+        hint = "; one object per line? Name it .jsonl" if error.msg == "Extra data" else ""
+        raise ValueError(f"{file}:{error.lineno}: not JSON: {error.msg}{hint}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: not UTF-8 text (byte {error.start})") from error
     if not rows:
