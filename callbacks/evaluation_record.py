@@ -12,12 +12,10 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import MLFlowLogger
 
-from lightning_vlm.benchmarks.report import scores_of, write_evaluation
+from lightning_vlm.benchmarks.report import EVALUATIONS, scores_of, write_evaluation
 from lightning_vlm.data import pages
 from lightning_vlm.data.images import load_image
 from lightning_vlm.export.provenance import evaluated
-
-FOLDER = "evaluations"
 
 
 class EvaluationRecord(Callback):
@@ -62,7 +60,7 @@ class EvaluationRecord(Callback):
             # Evaluations that score given answers have nothing to show.
             if benchmark.encoding != "prompt":
                 continue
-            place = Path(FOLDER) / name / f"step-{pl_module.clock:08d}"
+            place = Path(EVALUATIONS) / name / f"step-{pl_module.clock:08d}"
             folder = Path(trainer.default_root_dir) / place
             conditions = benchmark.conditions() | {
                 "stage": stage,

@@ -14,6 +14,7 @@ from typing import Any
 from lightning_vlm.benchmarks.rule import Record, Summary
 
 PER_EXAMPLE, SCORES, BREAKDOWN, CONDITIONS = "per_example.jsonl", "scores.json", "breakdown.json", "conditions.json"
+EVALUATIONS = "evaluations"  # in a run's folder: evaluations/BENCHMARK/step-N
 
 
 def scores_of(summary: Summary, rule: str, *, seed: int = 0) -> dict[str, Any]:

@@ -17,9 +17,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-FILE = "per_example.jsonl"
-CONDITIONS = "conditions.json"
-EVALUATIONS = "evaluations"
+from lightning_vlm.benchmarks.report import CONDITIONS, EVALUATIONS, PER_EXAMPLE
 
 
 @dataclass(frozen=True)
@@ -72,16 +70,18 @@ def find_file(given: str, benchmark: str | None = None) -> Path:
         return path
     if not path.is_dir():
         raise FileNotFoundError(f"no file or folder '{given}' to compare")
-    if (path / FILE).is_file():
-        return path / FILE
+    if (path / PER_EXAMPLE).is_file():
+        return path / PER_EXAMPLE
     steps: dict[str, dict[int, Path]] = {}
-    for file in sorted((path / EVALUATIONS).rglob(f"step-*/{FILE}")):
+    for file in sorted((path / EVALUATIONS).rglob(f"step-*/{PER_EXAMPLE}")):
         step = _step(file.parent)
         if step is not None:
             name = file.parents[1].relative_to(path / EVALUATIONS).as_posix()
             steps.setdefault(name, {})[step] = file
     if not steps:
-        raise ValueError(f"'{given}' has no {FILE}, nor {EVALUATIONS}/BENCHMARK/step-N/{FILE}: has it been evaluated?")
+        raise ValueError(
+            f"'{given}' has no {PER_EXAMPLE}, nor {EVALUATIONS}/BENCHMARK/step-N/{PER_EXAMPLE}: has it been evaluated?"
+        )
     names = ", ".join(sorted(steps))
     if benchmark is None and len(steps) > 1:
         raise ValueError(f"'{given}' was evaluated on several benchmarks: choose one by --benchmark: {names}")
@@ -245,7 +245,7 @@ def group(evaluations: Sequence[Evaluation], arms: Sequence[str] = (), seeds: Se
 
 def short_names(files: Sequence[Path]) -> list[str]:
     """What tells files apart: the parts of their paths in which they differ."""
-    paths = [f.parent.parts if f.name == FILE else f.with_suffix("").parts for f in files]
+    paths = [f.parent.parts if f.name == PER_EXAMPLE else f.with_suffix("").parts for f in files]
     if len({len(path) for path in paths}) == 1:
         kept = [i for i, column in enumerate(zip(*paths, strict=True)) if len(set(column)) > 1]
         names = ["/".join(path[i] for i in kept) for path in paths]
