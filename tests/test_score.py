@@ -107,6 +107,20 @@ def test_mathvista_by_three_rules(tmp_path):
     assert score("mathvista", file, "--rule", "rules", "--from", "extraction", out=tmp_path / "o")[0]["n"] == 2
 
 
+@pytest.mark.parametrize(
+    ("extraction", "right"), [(2, 1.0), (2.0, 1.0), ("2", 1.0), (None, 0.0), ([2], 0.0), ("", 0.0)]
+)
+def test_mathvista_extractions_are_read_as_text(tmp_path, extraction, right):
+    """As the official rule has it, whatever a judge put into the JSON."""
+    file = write(tmp_path / "o.json", {"2": MATHVISTA["2"] | {"extraction": extraction}})
+    assert score("mathvista", file, out=tmp_path / "out")[0]["accuracy"] == right
+
+
+def test_a_missing_extraction_is_none(tmp_path, refused):
+    file = write(tmp_path / "o.json", {"2": MATHVISTA["2"] | {"extraction": float("nan")}})
+    assert "'extraction' must be text, got nan" in refused("mathvista", file)
+
+
 def test_mathvista_gold_from_the_annotations(tmp_path):
     bare = {pid: {k: v for k, v in row.items() if k != "answer"} for pid, row in MATHVISTA.items()}
     gold = {pid: {"pid": pid, "answer": row["answer"]} for pid, row in MATHVISTA.items()}

@@ -98,8 +98,8 @@ def read_mathvista(file: Path, options: Options) -> list[Given]:
                 f"{where}: problem {pid} has no `answer`; give the annotations by --questions testmini.json"
             )
         value = problem[options.column]
-        if options.column == "extraction" and (value is None or (isinstance(value, int | float) and value == value)):
-            value = str(value)  # a judge's JSON may hold a number; the official rule reads it as text
+        if options.column == "extraction" and value == value:
+            value = str(value)  # a judge's JSON may hold a number or a list; the official rule reads it as text
         sample = Sample(pid, [], answer=str(problem["answer"]), info=problem)
         given.append(Given(sample, _text(value, options.column, where)))
     if gold:
