@@ -163,3 +163,22 @@ def test_bad_conditions_are_named(capsys, content, text):
     write("a/per_example.jsonl", share(3))
     Path("a/conditions.json").write_text(content)
     assert text in refused(capsys, "a", write("b.jsonl", share(5)))
+
+
+def test_groups_are_compared_apart(capsys):
+    """Of 20 problems 5 are `hard`; a group may be a list; both must be there when two are asked for."""
+    for name, right in (("a", 5), ("b", 15)):
+        write(f"{name}1.jsonl", share(right, 15), prefix="e", groups={"level": "easy", "skills": ["x", "y"]})
+        write(f"{name}2.jsonl", share(2, 5), prefix="h", groups={"level": "hard", "skills": ["y"]})
+        lines = "".join(Path(f"{name}{n}.jsonl").read_text() for n in (1, 2))
+        Path(f"{name}.jsonl").write_text(lines)
+    found, text = compared(capsys, "a.jsonl", "b.jsonl", "--where", "level=easy", "skills=y")
+    assert [arm["mean"] for arm in found["arms"]] == [pytest.approx(1 / 3), 1.0] and found["problems"] == 15
+    assert "15 problems, level=easy, skills=y," in text
+    found, _ = compared(capsys, "a.jsonl", "b.jsonl", "--where", "level=hard")
+    assert found["problems"] == 5 and found["pairs"][0]["verdict"] == "not distinguishable"
+    line = refused(capsys, "a.jsonl", "b.jsonl", "--where", "level=medium")
+    assert "--where level=medium: a.jsonl has no such example (it has: easy, hard)" in line
+    assert "no example has that key" in refused(capsys, "a.jsonl", "b.jsonl", "--where", "topic=x")
+    assert "all groups asked for" in refused(capsys, "a.jsonl", "b.jsonl", "--where", "level=hard", "skills=x")
+    assert "takes KEY=VALUE" in refused(capsys, "a.jsonl", "b.jsonl", "--where", "level")

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import textwrap
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,7 +47,8 @@ def main(command: str, argv: list[str]) -> int:
 
     from lightning_vlm.studies import compare, find_file, group, read_evaluation
 
-    evaluations = [read_evaluation(find_file(given, args.benchmark)) for given in args.inputs]
+    where = dict(_key_value(given) for given in args.where)
+    evaluations = [read_evaluation(find_file(given, args.benchmark), where) for given in args.inputs]
     result = compare(
         group(evaluations, args.arms, args.seeds),
         metric=args.metric,
@@ -58,10 +60,17 @@ def main(command: str, argv: list[str]) -> int:
     )
     if args.out:
         _write(Path(args.out), result)
-    show(result)
+    show(result, args.where)
     if args.out:
         print(f"comparison: {args.out}")
     return 0
+
+
+def _key_value(given: str) -> tuple[str, str]:
+    key, equals, value = given.partition("=")
+    if not (key and equals and value):
+        raise ValueError(f"--where takes KEY=VALUE, such as task=counting; got {given!r}")
+    return key, value
 
 
 def _parser(command: str) -> Parser:
@@ -77,6 +86,7 @@ def _parser(command: str) -> Parser:
     add("--arms", nargs="+", default=[], metavar="NAME", help="arm of each input, in order")
     add("--seeds", nargs="+", default=[], type=int, metavar="N", help="training seed of each input, in order")
     add("--benchmark", metavar="NAME", help="of run folders (default: the only one there is)")
+    add("--where", nargs="+", default=[], metavar="KEY=VALUE", help="only examples of these groups: task=counting")
     add("--metric", default="score", help="score (default): mean over the draws of a problem; or pass@K")
     pairing = parser.add_mutually_exclusive_group()
     add_pairing = pairing.add_argument
@@ -91,11 +101,12 @@ def _parser(command: str) -> Parser:
     return parser
 
 
-def show(result: Comparison, console: Console | None = None) -> None:
+def show(result: Comparison, where: Sequence[str] = (), console: Console | None = None) -> None:
     """Print a comparison.
 
     Args:
-        result: what was compared. console: where to; the terminal, at most 120 columns wide, by default.
+        result: what was compared. where: groups that it is restricted to. console: where to; the terminal, at most 120
+            columns wide, by default.
     """
     from rich.console import Console
     from rich.text import Text
@@ -103,7 +114,7 @@ def show(result: Comparison, console: Console | None = None) -> None:
     if console is None:
         console = Console(highlight=False)
         console.width = min(WIDTH, console.width) if console.is_terminal else WIDTH
-    told = [f"{result.problems:,} problems", f"metric {result.metric}"]
+    told = [f"{result.problems:,} problems", *where, f"metric {result.metric}"]
     told += [f"rule {', '.join(result.rules) or 'not told'}", f"prompt {', '.join(result.prompts) or 'not told'}"]
     for block in (Text(", ".join(told)), _arms(result), _pairs(result)):
         console.print(block)

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -96,18 +96,21 @@ def _step(folder: Path) -> int | None:
     return int(number[1]) if number else None
 
 
-def read_evaluation(path: Path) -> Evaluation:
+def read_evaluation(path: Path, where: Mapping[str, str] | None = None) -> Evaluation:
     """Read a per-example file and what stands beside it.
+
+    Args:
+        path: the file. where: group → value; only examples that have all of them (`{"task": "geometry"}`).
 
     Raises:
         ValueError: with file and line: not JSON, an id or score that is missing or of another type, a score that is not
             finite, a draw that comes twice; an empty file; different numbers of draws per id; a malformed
-            conditions.json.
+            conditions.json; no example of the group asked for.
     """
     draws: dict[str, dict[int, float]] = {}
     golds: dict[str, Any] = {}
     said: dict[str, set[str]] = {"rule": set(), "prompt_id": set()}
-    for place, record in _records(path):
+    for place, record in _in_groups(path, where or {}):
         name, draw, score = record.get("id"), record.get("sample", 0), record.get("score")
         if not _is_a(name, str, int):
             raise ValueError(f"{place}: `id` must be a text, got {_shown(name)}")
@@ -149,6 +152,37 @@ def read_evaluation(path: Path) -> Evaluation:
         start=(provenance.get("start") or {}).get("hash"),
         step=provenance.get("step"),
     )
+
+
+def _in_groups(path: Path, where: Mapping[str, str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The records of all groups asked for.
+
+    Raises:
+        ValueError: there are none; says which values there are.
+    """
+    seen: dict[str, set[str]] = {key: set() for key in where}
+    found = False
+    for place, record in _records(path):
+        groups = record.get("groups") or {}
+        values = {key: groups.get(key, []) for key in where}
+        values = {
+            key: {str(v) for v in (given if isinstance(given, list) else [given])} for key, given in values.items()
+        }
+        for key, given in values.items():
+            seen[key] |= given
+        if all(where[key] in given for key, given in values.items()):
+            found = True
+            yield place, record
+    for key, given in seen.items():
+        if where[key] not in given:
+            known = f"it has: {', '.join(sorted(given))}" if given else "no example has that key"
+            raise ValueError(f"--where {key}={where[key]}: {path} has no such example ({known})")
+    if where and not found:
+        raise ValueError(f"--where: {path} has no example that is of all groups asked for")
+
+
+def _texts(value: Any) -> set[str]:
+    return {str(entry) for entry in (value if isinstance(value, list) else [value])}
 
 
 def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
