@@ -7,7 +7,7 @@ trained is what is generated, and scored are exactly the assistant texts and the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -99,17 +99,29 @@ class Encoder:
         return self._row(sample, tokens, images, name="prompt", scored=[])
 
     def encode_pair(self, sample: Sample) -> list[Row]:
-        """The conversation with its own last text and with the rejected one; only that text is scored.
+        """The conversation with its own last text (`chosen`) and with the rejected one; only that text is scored.
 
         Raises:
             BadSample: it cannot be used as it is; says why.
         """
         if sample.rejected is None:
             raise BadSample(sample.id, "missing_column", "has no `rejected` text, which a preference pair needs")
-        self._check_answer(sample, sample.chosen())
-        self._check_answer(sample, sample.rejected)
+        return self.encode_answers(sample, {"chosen": sample.chosen(), "rejected": sample.rejected})
+
+    def encode_answers(self, sample: Sample, answers: Mapping[str, str | None]) -> list[Row]:
+        """The sample's prompt continued by each of several answers; only the answer is scored.
+
+        Args:
+            sample: its last assistant text is ignored.
+            answers: name of the row → text of the answer.
+
+        Raises:
+            BadSample: it cannot be used as it is; says why.
+        """
+        for answer in answers.values():
+            self._check_answer(sample, answer)
         images, rows = self._images(sample), []
-        for name, answer in (("chosen", sample.chosen()), ("rejected", sample.rejected)):
+        for name, answer in answers.items():
             tokens = self._tokens(sample, [*sample.prompt(), message("assistant", text(answer))], images)
             rows.append(self._row(sample, tokens, images, name=name, scored=tokens.answers[-1:]))
         return rows
