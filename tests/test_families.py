@@ -295,7 +295,7 @@ def test_collate_pads_shares_and_never_scores_the_first_token():
     for side in ("right", "left"):
         batch = collate(rows, family, PAD, side=side)
         assert batch.image_index.tolist() == [0, 1, 0, 2, 0, 0] and len(batch.image_tokens) == 3
-        assert batch.loss_mask.sum().item() == sum(r.scored for r in rows) == 3 * 3 + 5
+        assert len(batch.labels) == sum(r.scored for r in rows) == 3 * 3 + 5
         for i, r in enumerate(rows):
             assert torch.equal(batch.input_ids[i][batch.attention_mask[i].bool()], r.input_ids)
     separate = collate(rows, family, PAD, share_images=False)

@@ -79,12 +79,32 @@ def attend(
         ([B, T, H, d], attention weights where the backend has them).
     """
     if backend == "eager":
+        if attention_mask is not None and attention_mask.dtype == torch.bool:
+            barred = query.new_full((), torch.finfo(query.dtype).min)
+            attention_mask = torch.where(attention_mask, query.new_zeros(()), barred)
         return _eager_of(module)(module, query, key, value, attention_mask, **kwargs)
     if backend == "flash_attention_2":
         return _flash(module, query, key, value, attention_mask, cu_seq_lens_q=cu_seq_lens_q, **kwargs), None
     if cu_seq_lens_q is not None:
         return _windows(module, query, key, value, cu_seq_lens_q, **kwargs), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+def prompt_mask(segments_BT: Tensor) -> Tensor:
+    """[B, 1, T, T] bool, who may attend to whom where continuations share a prompt.
+
+    Args:
+        segments_BT: [B, T] 0 on the prompt, k on its k-th continuation, −1 on padding.
+    """
+    key_B1T, query_BT1 = segments_BT[:, None, :], segments_BT[:, :, None]
+    seen_BTT = ((key_B1T == 0) | (key_B1T == query_BT1)) & (key_B1T >= 0)
+    # Padding looks at the prompt, so that no query is without a key; what it sees is never read.
+    return seen_BTT.tril()[:, None]
+
+
+def shares_prompts(backend: Attention) -> bool:
+    """Whether the backend can attend by `prompt_mask`; flash-attn knows causal rows only."""
+    return backend != "flash_attention_2"
 
 
 def _eager_of(module: nn.Module) -> Any:

@@ -1,11 +1,11 @@
 """The data that flows into a model: images, rows, padded batches.
 
-Shape suffixes: B rows, T padded length, L a row's own length, I distinct images, O image occurrences.
+Shape suffixes: B physical rows, T padded length, R rows, N scored tokens, L a row's own length, I distinct images, O image occurrences.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -58,38 +58,44 @@ class Row:
 
 @dataclass(slots=True)
 class ModelBatch:
-    """Rows padded together, images merged; what `Policy.forward` takes.
+    """Rows laid out for a forward, images merged; what `Policy.forward` takes.
+
+    R rows stand in B physical rows: each alone, or several behind one prompt (`packing.Pack`).
 
     Attributes:
         input_ids: [B, T] int64.
         attention_mask: [B, T] int64, 0 on padding.
-        loss_mask: [B, T] bool.
+        predictors: [N] int64, flat places b·T + t whose hidden states predict the scored tokens, by row.
+        labels: [N] int64, ids of the scored tokens.
+        row_index: [N] int64, row of each scored token, an index into `rows`.
         pixels: merged tensors of the I distinct images, as the family's forward takes them; empty without images.
         image_index: [O] int64, for each placeholder run in row-major order the distinct image it shows.
         image_tokens: length-I list, placeholder ids of each distinct image.
-        rows: the rows themselves, for ids and info.
+        rows: the R rows themselves, for ids and info.
+        expected: length-B list, placeholder ids that each physical row must have.
+        segments: [B, T] int64, 0 on a prompt, k on its k-th continuation, −1 on padding; None where no prompt is shared.
+        shifts: [B, T] int64, how far a token stands behind its place in its own row; None likewise.
     """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
-    loss_mask: torch.Tensor
+    predictors: torch.Tensor
+    labels: torch.Tensor
+    row_index: torch.Tensor
     pixels: dict[str, torch.Tensor]
     image_index: torch.Tensor
     image_tokens: list[int]
     rows: list[Row]
+    expected: list[int]
+    segments: torch.Tensor | None = None
+    shifts: torch.Tensor | None = None
 
     def to(self, device: torch.device | str) -> ModelBatch:
         """The same batch on `device`."""
 
-        def move(x: torch.Tensor) -> torch.Tensor:
-            return x.to(device, non_blocking=True)
+        def move(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {name: move(entry) for name, entry in value.items()}
+            return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
 
-        return ModelBatch(
-            input_ids=move(self.input_ids),
-            attention_mask=move(self.attention_mask),
-            loss_mask=move(self.loss_mask),
-            pixels={name: move(value) for name, value in self.pixels.items()},
-            image_index=move(self.image_index),
-            image_tokens=self.image_tokens,
-            rows=self.rows,
-        )
+        return ModelBatch(**{f.name: move(getattr(self, f.name)) for f in fields(self)})

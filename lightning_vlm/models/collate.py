@@ -9,10 +9,11 @@ import torch
 
 from .batch import ImageInput, ModelBatch, Row
 from .families import Family
+from .packing import PADDING, Pack, alone
 
 
 def collate(
-    rows: Sequence[Row],
+    rows: Sequence[Row | Pack],
     family: Family,
     pad_id: int,
     *,
@@ -22,7 +23,7 @@ def collate(
     """Pads rows to the longest and merges their images.
 
     Args:
-        rows: at least one row, each with at least one token.
+        rows: at least one; a row stands alone, a pack of rows shares its prompt.
         family: says how image tensors are merged.
         pad_id: id written into the padding.
         side: where the padding goes; `left` for generation.
@@ -36,24 +37,33 @@ def collate(
     """
     if not rows:
         raise ValueError("cannot collate an empty list of rows")
-    if empty := [row.id for row in rows if not len(row)]:
+    physical = [alone(row) if isinstance(row, Row) else row for row in rows]
+    if empty := [row.id for pack in physical for row in pack.rows if not len(row)]:
         raise ValueError(f"rows without tokens: {', '.join(empty[:5])}")
-    length = max(len(row) for row in rows)
-    input_ids = torch.full((len(rows), length), pad_id, dtype=torch.long)
-    attention_mask = torch.zeros((len(rows), length), dtype=torch.long)
-    loss_mask = torch.zeros((len(rows), length), dtype=torch.bool)
-    for i, row in enumerate(rows):
-        start = 0 if side == "right" else length - len(row)
-        where = slice(start, start + len(row))
-        input_ids[i, where] = row.input_ids
+    length = max(len(pack) for pack in physical)
+    shape = (len(physical), length)
+    input_ids = torch.full(shape, pad_id, dtype=torch.long)
+    attention_mask = torch.zeros(shape, dtype=torch.long)
+    shared = any(len(pack.rows) > 1 for pack in physical)
+    segments = torch.full(shape, PADDING, dtype=torch.long) if shared else None
+    shifts = torch.zeros(shape, dtype=torch.long) if shared else None
+    predictors, labels = [], []
+    for i, pack in enumerate(physical):
+        start = 0 if side == "right" else length - len(pack)
+        where = slice(start, start + len(pack))
+        input_ids[i, where] = pack.input_ids()
         attention_mask[i, where] = 1
-        loss_mask[i, where] = row.loss_mask
-        loss_mask[i, start] = False
+        if shared:
+            segments[i, where] = pack.segments()
+            shifts[i, where] = pack.shifts()
+        places, ids = pack.scored()
+        predictors += [i * length + start + place for place in places]
+        labels += ids
 
     distinct: list[ImageInput] = []
     index: list[int] = []
     seen: dict[str, int] = {}
-    for image in (image for row in rows for image in row.images):
+    for image in (image for pack in physical for image in pack.rows[0].images):
         if share_images and image.key in seen:
             index.append(seen[image.key])
             continue
@@ -63,9 +73,14 @@ def collate(
     return ModelBatch(
         input_ids=input_ids,
         attention_mask=attention_mask,
-        loss_mask=loss_mask,
+        predictors=torch.cat(predictors),
+        labels=torch.cat(labels),
+        row_index=torch.arange(len(labels)).repeat_interleave(torch.tensor([len(ids) for ids in labels])),
         pixels=family.merge(distinct) if distinct else {},
         image_index=torch.tensor(index, dtype=torch.long),
         image_tokens=[image.tokens for image in distinct],
-        rows=list(rows),
+        rows=[row for pack in physical for row in pack.rows],
+        expected=[sum(image.tokens for image in pack.rows[0].images) for pack in physical],
+        segments=segments,
+        shifts=shifts,
     )

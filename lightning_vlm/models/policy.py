@@ -1,7 +1,7 @@
 """The model as algorithms see it: rows in, hidden states of the scored tokens out.
 
 Images are encoded once per distinct image and handed to the family's own forward through one seam, so that placeholder
-scatter, M-RoPE and deepstack stay the family's code. Shape suffixes: B rows, T padded length, N scored tokens, D width,
+scatter, M-RoPE and deepstack stay the family's code. Shape suffixes: B physical rows, T padded length, N scored tokens, D width,
 V vocabulary, I distinct images, O image occurrences.
 """
 
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from lightning_vlm.losses.kernel import Divergences, divergences, token_scores
 
+from .attention import prompt_mask
 from .batch import ModelBatch
 from .families import Family
 
@@ -95,9 +96,7 @@ class Policy(nn.Module):
             return HeadInput(hidden, weight)
         if against is not None:
             return divergences(hidden, weight, *against, beta=beta, temperature=temperature)
-        mask = batch.loss_mask[:, 1:]
-        rows = torch.arange(len(mask), device=mask.device)[:, None].expand_as(mask)[mask]
-        return Scores(*token_scores(hidden, weight, self.labels(batch), temperature=temperature), rows)
+        return Scores(*token_scores(hidden, weight, batch.labels, temperature=temperature), batch.row_index)
 
     def score(self, batch: ModelBatch, *, temperature: float = 1.0) -> Scores:
         """Log-probs and entropies of the scored tokens, through `forward` so that hooks run."""
@@ -124,8 +123,8 @@ class Policy(nn.Module):
         return weight
 
     def labels(self, batch: ModelBatch) -> Tensor:
-        """[N] ids of the scored tokens, in the order of `hidden_states`."""
-        return batch.input_ids[:, 1:][batch.loss_mask[:, 1:]]
+        """[N] ids of the scored tokens."""
+        return batch.labels
 
     def hidden_states(self, batch: ModelBatch) -> Tensor:
         """Last hidden states that predict the scored tokens.
@@ -134,16 +133,19 @@ class Policy(nn.Module):
             batch: padded on either side; without images the vision tower is not touched.
 
         Returns:
-            [N, D], at position t − 1 for every scored token t, row-major.
+            [N, D], in the order of `batch.labels`.
 
         Raises:
             ValueError: placeholder ids and image features differ in number.
         """
         with self.inputs(batch) as inputs:
-            if "mm_token_type_ids" not in inputs:
-                inputs["position_ids"] = self._positions(batch)
+            if batch.segments is not None:
+                inputs["position_ids"] = self._positions(batch, inputs) - batch.shifts
+                inputs["attention_mask"] = prompt_mask(batch.segments)
+            elif "mm_token_type_ids" not in inputs:
+                inputs["position_ids"] = self._positions(batch, inputs)
             out = self.model.model(**inputs, use_cache=False)
-        return out.last_hidden_state[:, :-1][batch.loss_mask[:, 1:]]
+        return out.last_hidden_state.flatten(0, 1)[batch.predictors]
 
     def image_features(self, batch: ModelBatch) -> Tensor:
         """[Σ image tokens, D] projected features of all images in order of occurrence, each encoded once."""
@@ -183,19 +185,26 @@ class Policy(nn.Module):
         with _image_seam(self.model.model, batch):
             yield inputs
 
-    def _positions(self, batch: ModelBatch) -> Tensor:
+    def _positions(self, batch: ModelBatch, inputs: dict[str, Any]) -> Tensor:
         """[B, T] positions that skip the padding; [3, B, T] for the Qwen line, where two axes can mean packed rows."""
+        if "mm_token_type_ids" in inputs:
+            known = {name: inputs[name] for name in ("mm_token_type_ids", "image_grid_thw", "attention_mask")}
+            return self.model.model.get_rope_index(inputs["input_ids"], **known)[0]
         positions = (batch.attention_mask.cumsum(-1) - 1).clamp(min=0)
         return positions.expand(3, *positions.shape) if self.family.patch_rows else positions
 
 
 def _check_counts(batch: ModelBatch, placeholders: Tensor) -> None:
-    """Placeholders of each row against the tokens its images fill, on what the host already knows."""
-    expected = [sum(image.tokens for image in row.images) for row in batch.rows]
+    """Placeholders of each physical row against the tokens its images fill, on what the host already knows."""
     found = placeholders.sum(1).tolist()
-    for row, want, have in zip(batch.rows, expected, found, strict=True):
-        if want != have:
-            raise ValueError(f"row {row.id} has {have} image placeholder ids, its {len(row.images)} images fill {want}")
+    if found == batch.expected:
+        return
+    first = next(i for i, (want, have) in enumerate(zip(batch.expected, found, strict=True)) if want != have)
+    row = batch.rows[first] if len(batch.rows) == len(found) else batch.rows[0]
+    raise ValueError(
+        f"row {row.id} has {found[first]} image placeholder ids, its {len(row.images)} images fill "
+        f"{batch.expected[first]}"
+    )
 
 
 @contextmanager
