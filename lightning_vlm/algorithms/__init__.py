@@ -1,7 +1,9 @@
 """One LightningModule per algorithm."""
 
 from lightning_vlm.algorithms.base import Algorithm
+from lightning_vlm.algorithms.dpo import DPO
 from lightning_vlm.algorithms.sft import SFT
+from lightning_vlm.algorithms.sft_c import SFTC
 from lightning_vlm.algorithms.visual_warmup import VisualWarmup
 
-__all__ = ["SFT", "Algorithm", "VisualWarmup"]
+__all__ = ["DPO", "SFT", "SFTC", "Algorithm", "VisualWarmup"]

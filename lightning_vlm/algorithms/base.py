@@ -7,10 +7,10 @@ optimizer step, keeps ranks together, clips, steps, counts, logs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -27,10 +27,12 @@ from lightning_vlm.algorithms.totals import Micro, StepTotals
 from lightning_vlm.data.loading import StepBatch
 from lightning_vlm.losses.terms import objective
 from lightning_vlm.models.adapters import load_adapter_file
+from lightning_vlm.models.attention import shares_prompts
 from lightning_vlm.models.batch import ModelBatch, Row
 from lightning_vlm.models.collate import collate
 from lightning_vlm.models.families import family_of
 from lightning_vlm.models.load import check_vocabulary, load_model
+from lightning_vlm.models.packing import Pack, packs
 from lightning_vlm.models.parts import PartPolicy, apply_parts
 from lightning_vlm.models.policy import Policy
 from lightning_vlm.models.processor import load_processor
@@ -58,14 +60,17 @@ class Algorithm(EvaluationMixin, L.LightningModule):
         clip_norm: largest gradient norm over all parameters; 0 turns clipping off.
         micro_batch_tokens: padded tokens of one forward and backward; changes memory and speed, never the gradient.
         share_images: encode an image shown by several rows of a micro-batch once.
+        share_prompts: compute a prompt that several rows continue (chosen and rejected) once; None does so wherever the
+            attention backend can, which is all but flash_attention_2. Never changes the gradient.
         master_weights: float32 master weights and optimizer state beside low-precision weights.
         seed: every random draw of training, evaluation and prediction is a function of it.
         sampling: how `lightning-vlm predict` draws answers; greedy by default.
         samples: answers drawn per prompt by `lightning-vlm predict`.
     """
 
-    encoding: ClassVar[Literal["conversation", "pair", "prompt"]] = "conversation"
+    encoding: Literal["conversation", "pair", "answer", "prompt"] = "conversation"
     steps_per_batch: int = 1  # optimizer steps that one loader batch feeds
+    steps_loaded: int = 1  # of these, how many have samples of their own in it
 
     def __init__(
         self,
@@ -84,6 +89,7 @@ class Algorithm(EvaluationMixin, L.LightningModule):
         clip_norm: float = 1.0,
         micro_batch_tokens: int = 8192,
         share_images: bool = True,
+        share_prompts: bool | None = None,
         master_weights: bool = False,
         seed: int = 0,
         sampling: Sampling | None = None,
@@ -102,6 +108,12 @@ class Algorithm(EvaluationMixin, L.LightningModule):
         self.schedule, self.warmup_steps, self.decay_fraction = schedule, warmup_steps, decay_fraction
         self.min_lr_ratio, self.clip_norm, self.master_weights = min_lr_ratio, clip_norm, master_weights
         self.micro_batch_tokens, self.share_images, self.seed = micro_batch_tokens, share_images, seed
+        if share_prompts and not shares_prompts(backbone.attention):
+            raise ValueError(
+                f"model.share_prompts is true, but attention {backbone.attention!r} cannot: set backbone.attention to "
+                "sdpa, or leave model.share_prompts out"
+            )
+        self.share_prompts = shares_prompts(backbone.attention) if share_prompts is None else share_prompts
         self.sampling, self.samples = sampling or Sampling(), samples
         if samples < 1 or (samples > 1 and self.sampling.greedy):
             raise ValueError(
@@ -131,7 +143,7 @@ class Algorithm(EvaluationMixin, L.LightningModule):
         yield batch.items
 
     def extend_policy(self) -> None:
-        """Modules that are trained beside the model and dropped on export; none by default."""
+        """What else belongs to the policy before it is sharded, such as modules dropped on export; none by default."""
 
     # --- building ---------------------------------------------------------------------------------------------------
 
@@ -139,16 +151,24 @@ class Algorithm(EvaluationMixin, L.LightningModule):
         """Load, freeze, adapt and, under a sharding strategy, shard the policy."""
         if self.policy is not None:
             return
-        model = load_model(self.backbone)
+        self.policy = self.build_policy(self.backbone)
+        self.extend_policy()
+        self.shard(self.policy)
+
+    def build_policy(self, backbone: Backbone) -> Policy:
+        """A policy as this run trains it, before anything is learned: loaded, frozen and adapted, whole, on the CPU."""
+        model = load_model(backbone)
         check_vocabulary(model, self.processor)
         family = family_of(model)
         apply_parts(model, family, self.parts)
-        if self.backbone.adapter is not None:
-            load_adapter_file(model, self.backbone.adapter, self.parts)
-        self.policy = Policy(model, family)
-        self.extend_policy()
+        if backbone.adapter is not None:
+            load_adapter_file(model, backbone.adapter, self.parts)
+        return Policy(model, family)
+
+    def shard(self, policy: Policy) -> None:
+        """Shard a policy in place under a strategy that shards."""
         if self.device_mesh is not None:
-            shard_policy(self.policy, self.device_mesh, getattr(self.trainer.strategy, "mixed_precision", "none"))
+            shard_policy(policy, self.device_mesh, getattr(self.trainer.strategy, "mixed_precision", "none"))
 
     def setup(self, stage: str) -> None:
         """Bind the processor (the data module's where there is one)."""
@@ -191,18 +211,8 @@ class Algorithm(EvaluationMixin, L.LightningModule):
         optimizer = self.optimizers()
         # Draws inside the model (dropout) depend on the step alone.
         torch.manual_seed(hash((self.seed, self.clock)) % 2**63)
-        plan = micro_batches(items, self.micro_batch_tokens)
-        counts, skipped, rounds = self._agree(self.counts(items), skipped, len(plan))
-        optimizer.zero_grad()
-        step = StepTotals()
-        for index in range(rounds):
-            batch = self._collate(plan[index] if index < len(plan) else [])
-            self.sync.before_backward(last=index == rounds - 1)
-            micro = self.losses(batch)
-            with self._replicas_apart():
-                self.manual_backward(objective(micro.terms, counts) * self.sync.scale)
-            step.add(micro, batch)
-        report = step.over_ranks(counts, self.device)
+        counts, report, step = self.gradient(items)
+        skipped = sum_over_ranks([float(skipped)], self.device)[0]
         self._require_finite(report, items)
         norms = self._apply_gradients(optimizer)
         self._require_finite({"grad_norm": norms["total"]}, items)
@@ -212,17 +222,47 @@ class Algorithm(EvaluationMixin, L.LightningModule):
             self.guard.observe(self.clock, norms, images=any(row.images for item in items for row in item))
         self._report(report | {"grad_norm": total, "skipped": skipped}, norms, rates, step)
 
-    def _agree(self, counts: dict[str, float], skipped: int, rounds: int) -> tuple[dict[str, float], float, int]:
-        """Counts and skipped samples over all ranks, and how many micro-batches every rank runs."""
-        *sums, skipped = sum_over_ranks([*counts.values(), float(skipped)], self.device)
-        counts = dict(zip(counts, sums, strict=True))
-        if self.sync.in_step:
-            rounds = int(max_over_ranks([rounds], self.device)[0])
-        return counts, skipped, max(rounds, 1)
+    def gradient(self, items: list[Item]) -> tuple[dict[str, float], dict[str, float], StepTotals]:
+        """The objective's gradient over the items of all ranks; one pass over them by default.
+
+        Returns:
+            Units of each term, what the step reports, and its sums on this rank.
+        """
+        return self.accumulate(items, self.losses, self.counts(items))
+
+    def accumulate(
+        self, items: list[Item], losses: Callable[[ModelBatch], Micro], counts: dict[str, float]
+    ) -> tuple[dict[str, float], dict[str, float], StepTotals]:
+        """From zero gradients, one forward and backward per micro-batch.
+
+        Args:
+            items: of this rank. losses: micro-batch → its terms. counts: units of each term on this rank.
+
+        Returns:
+            As `gradient`: units and report over all ranks.
+        """
+        self.optimizers().zero_grad()
+        counts = dict(zip(counts, sum_over_ranks(counts.values(), self.device), strict=True))
+        step = StepTotals()
+        for batch, last in self.micro_batches(items):
+            self.sync.before_backward(last=last)
+            micro = losses(batch)
+            with self._replicas_apart():
+                self.manual_backward(objective(micro.terms, counts) * self.sync.scale)
+            step.add(micro, batch)
+        return counts, step.over_ranks(counts, self.device), step
+
+    def micro_batches(self, items: list[Item]) -> Iterator[tuple[ModelBatch, bool]]:
+        """Micro-batches on the device, and whether it is the last; equally many on ranks that must keep in step."""
+        plan = micro_batches(items, self.micro_batch_tokens, share_prompts=self.share_prompts)
+        rounds = int(max_over_ranks([len(plan)], self.device)[0]) if self.sync.in_step else len(plan)
+        rounds = max(rounds, 1)
+        for index in range(rounds):
+            yield self._collate(plan[index] if index < len(plan) else []), index == rounds - 1
 
     def _collate(self, items: list[Item]) -> ModelBatch:
-        rows = [row for item in items for row in item]
-        lacks_image = not any(row.images for row in rows)
+        rows: list[Row | Pack] = [row for item in items for row in (packs(item) if self.share_prompts else item)]
+        lacks_image = not any(row.images for item in items for row in item)
         if not rows or (self.sync.in_step and lacks_image):
             rows.append(self._dummy_row(with_image=self.sync.in_step))
         batch = collate(rows, self.policy.family, self.processor.pad_id, share_images=self.share_images)

@@ -44,7 +44,7 @@ class StepTotals:
             entry = self.metrics.setdefault(name, [0.0, 0.0])
             entry[0], entry[1] = entry[0] + total.detach().double(), entry[1] + count
         if micro.scores is not None:
-            self.scores.append(Scores(*(t.detach() for t in micro.scores)))
+            self.scores.append(Scores(*(None if t is None else t.detach() for t in micro.scores)))
         self.micro_batches += 1
         self.rows += len(batch.rows)
         self.padded += batch.input_ids.numel()

@@ -108,6 +108,14 @@ class Encoder:
             raise BadSample(sample.id, "missing_column", "has no `rejected` text, which a preference pair needs")
         return self.encode_answers(sample, {"chosen": sample.chosen(), "rejected": sample.rejected})
 
+    def encode_answer(self, sample: Sample) -> list[Row]:
+        """The conversation with only its last assistant text scored, which negatives are yet to be found for.
+
+        Raises:
+            BadSample: it cannot be used as it is; says why.
+        """
+        return self.encode_answers(sample, {"chosen": sample.chosen()})
+
     def encode_answers(self, sample: Sample, answers: Mapping[str, str | None]) -> list[Row]:
         """The sample's prompt continued by each of several answers; only the answer is scored.
 

@@ -26,11 +26,13 @@ class StepBatch:
         items: units that must stay together in one micro-batch (a row, or chosen and rejected), in sample order.
         samples: the samples behind the items, for grading and reports.
         skipped: (id, reason, detail) of samples that could not be used.
+        steps: of each item, which of the batch's optimizer steps it belongs to; all 0 where a batch is one step.
     """
 
     items: list[list[Row]]
     samples: list[Sample]
     skipped: list[tuple[str, str, str]] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)
 
 
 class StepSampler:
@@ -42,7 +44,8 @@ class StepSampler:
     that a resumed run could fall into: it starts at the batch that comes next.
 
     Args:
-        size: number of samples. batch_size: samples per batch over all ranks. seed: of the permutations.
+        size: number of samples. batch_size: samples of one optimizer step over all ranks. seed: of the permutations.
+        steps: optimizer steps' samples in one batch, one step after the other.
         rank, world: this rank and the number of data-parallel ranks.
         shuffle: False keeps the data set's order.
         start: called when iteration starts: how many batches are done already.
@@ -56,14 +59,16 @@ class StepSampler:
         seed: int = 0,
         rank: int = 0,
         world: int = 1,
+        steps: int = 1,
         shuffle: bool = True,
         start: Callable[[], int] = lambda: 0,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        self.size, self.batch_size, self.seed = size, batch_size, seed
+        self.size, self.batch_size, self.seed, self.steps = size, batch_size, seed, steps
         self.rank, self.world, self.shuffle, self.start = rank, world, shuffle, start
-        self.batches_per_epoch = -(-size // batch_size)
+        self.batches_per_epoch = -(-size // (batch_size * steps))
+        self.per_step = len(range(rank, batch_size, world))  # samples of a whole step on this rank
 
     def epoch_order(self, epoch: int) -> list[int]:
         """Indices of all samples in the order of `epoch`."""
@@ -78,7 +83,9 @@ class StepSampler:
         while True:
             order = self.epoch_order(epoch)
             for batch in range(position, self.batches_per_epoch):
-                yield order[batch * self.batch_size : (batch + 1) * self.batch_size][self.rank :: self.world]
+                firsts = [(batch * self.steps + step) * self.batch_size for step in range(self.steps)]
+                parts = [order[first : first + self.batch_size][self.rank :: self.world] for first in firsts]
+                yield [index for part in parts for index in part]
             epoch, position = epoch + 1, 0
 
 
@@ -111,15 +118,20 @@ def _light(sample: Sample) -> Sample:
     return Sample(sample.id, sample.messages, [], sample.rejected, sample.answer, sample.source, info)
 
 
-def join(encoded: list[Any]) -> StepBatch:
-    """Joins a step's encoded samples; those that cannot be used are listed apart."""
+def join(encoded: list[Any], per_step: int = 0) -> StepBatch:
+    """Joins a batch's encoded samples; those that cannot be used are listed apart.
+
+    Args:
+        encoded: (sample, rows) or the BadSample. per_step: samples of one optimizer step; 0 for a batch that is one.
+    """
     batch = StepBatch([], [])
-    for entry in encoded:
+    for place, entry in enumerate(encoded):
         if isinstance(entry, BadSample):
             batch.skipped.append((entry.id, entry.reason, entry.detail))
         else:
             batch.samples.append(entry[0])
             batch.items.append(entry[1])
+            batch.steps.append(place // per_step if per_step else 0)
     return batch
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import islice
 from math import gcd
 from typing import Literal, Protocol
 
@@ -14,13 +16,14 @@ from torch.utils.data import DataLoader
 from lightning_vlm.data.encode import Encoder
 from lightning_vlm.data.loading import DueLoader, EncodedDataset, RankShard, StepBatch, StepSampler, join
 from lightning_vlm.data.mixture import Mixture
+from lightning_vlm.data.probe import encode_probe
 from lightning_vlm.data.schema import BadSample, Sample
 from lightning_vlm.data.sources import SourceSpec, open_source
 from lightning_vlm.models.batch import Row
 from lightning_vlm.models.processor import load_processor
 from lightning_vlm.models.spec import Backbone
 
-Encoding = Literal["conversation", "pair", "prompt"]
+Encoding = Literal["conversation", "pair", "answer", "prompt", "probe"]
 
 
 class Evaluation(Protocol):
@@ -107,8 +110,9 @@ class VLMData(L.LightningDataModule):
         """Turn `max_epochs` into `max_steps`: the loader has no epochs, the clock counts optimizer steps."""
         fit_loop = self.trainer.fit_loop
         if fit_loop.max_steps == -1 and fit_loop.max_epochs not in (None, -1):
-            per_epoch = -(-len(self.train_samples) // self.batch_size)
-            steps = fit_loop.max_epochs * per_epoch * self.trainer.lightning_module.steps_per_batch
+            module = self.trainer.lightning_module
+            per_epoch = -(-len(self.train_samples) // (self.batch_size * module.steps_loaded))
+            steps = fit_loop.max_epochs * per_epoch * module.steps_per_batch
             fit_loop.epoch_loop.max_steps = steps
         fit_loop.max_epochs = -1
 
@@ -141,18 +145,35 @@ class VLMData(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Batches without end; a restored run goes on with the batch that comes next."""
+        sampler = self._train_sampler()
+        dataset = EncodedDataset(self.train_samples, self._encode(self.trainer.lightning_module.encoding))
+        return self._loader(dataset, sampler, collate=partial(join, per_step=sampler.per_step))
+
+    def upcoming(self) -> DataLoader:
+        """What this rank draws from here to the end of the run, each sample once: for a pass ahead of the training."""
+        module, sampler = self.trainer.lightning_module, self._train_sampler()
+        steps = max(0, self.trainer.fit_loop.epoch_loop.max_steps - module.clock)
+        places: dict[tuple[int, int], int] = {}
+        for batch in islice(iter(sampler), -(-steps // module.steps_per_batch)):
+            for index in batch:
+                places.setdefault(self.train_samples.locate(index)[:2], index)
+        indices, size = list(places.values()), self.eval_batch_size
+        batches = [indices[i : i + size] for i in range(0, len(indices), size)]
+        dataset = EncodedDataset(self.train_samples, self._encode(module.encoding))
+        return self._loader(dataset, batches, persistent=False)
+
+    def _train_sampler(self) -> StepSampler:
         module = self.trainer.lightning_module
-        sampler = StepSampler(
+        return StepSampler(
             len(self.train_samples),
             self.batch_size,
             seed=self.seed,
             rank=self._rank,
             world=self._world,
+            steps=module.steps_loaded,
             shuffle=self.shuffle,
             start=lambda: module.batches_done,
         )
-        dataset = EncodedDataset(self.train_samples, self._encode(module.encoding))
-        return self._loader(dataset, sampler)
 
     def val_dataloader(self) -> list[DueLoader]:
         """One loader per registered evaluation, in registration order."""
@@ -191,6 +212,8 @@ class VLMData(L.LightningDataModule):
             "conversation": _One(encoder.encode),
             "prompt": _One(encoder.encode_prompt),
             "pair": encoder.encode_pair,
+            "answer": encoder.encode_answer,
+            "probe": partial(encode_probe, encoder),
         }[encoding]
 
     def _eval_loader(self, evaluation: Evaluation) -> DataLoader:
@@ -200,11 +223,11 @@ class VLMData(L.LightningDataModule):
         sampler = RankShard(len(samples), self.eval_batch_size, rank=self._rank, world=self._world)
         return self._loader(EncodedDataset(samples, self._encode(encoding)), sampler, persistent=False)
 
-    def _loader(self, dataset, sampler, persistent: bool = True) -> DataLoader:
+    def _loader(self, dataset, sampler, persistent: bool = True, collate: Callable = join) -> DataLoader:
         return DataLoader(
             dataset,
             batch_sampler=sampler,
-            collate_fn=join,
+            collate_fn=collate,
             num_workers=self.workers,
             persistent_workers=persistent and self.workers > 0,
         )

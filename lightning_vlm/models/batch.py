@@ -1,6 +1,7 @@
 """The data that flows into a model: images, rows, padded batches.
 
-Shape suffixes: B physical rows, T padded length, R rows, N scored tokens, L a row's own length, I distinct images, O image occurrences.
+Shape suffixes: B physical rows, T padded length, R rows, N scored tokens, L a row's own length, I distinct images,
+O image occurrences.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class ModelBatch:
         image_tokens: length-I list, placeholder ids of each distinct image.
         rows: the R rows themselves, for ids and info.
         expected: length-B list, placeholder ids that each physical row must have.
-        segments: [B, T] int64, 0 on a prompt, k on its k-th continuation, −1 on padding; None where no prompt is shared.
+        segments: [B, T] int64, 0 on a prompt, k on its k-th continuation, −1 on padding; None where none is shared.
         shifts: [B, T] int64, how far a token stands behind its place in its own row; None likewise.
     """
 

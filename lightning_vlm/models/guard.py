@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 
 import torch
@@ -24,6 +25,19 @@ def snapshot_frozen(model: Policy | PreTrainedModel) -> dict[str, int]:
         return {}
     prints = torch.stack([_fingerprint(param) for param in frozen.values()]).tolist()
     return dict(zip(frozen, prints, strict=True))
+
+
+def weights_fingerprint(model: Policy | PreTrainedModel) -> str:
+    """Hex hash of all parameters, to the bit, with their names; unsharded weights only.
+
+    Two models have one fingerprint if and only if (but for chance, 2⁻⁶⁴) they have the same weights.
+    """
+    named = dict(inner_model(model).named_parameters())
+    prints = torch.stack([_fingerprint(param) for param in named.values()]).tolist()
+    digest = hashlib.blake2b(digest_size=16)
+    for (name, param), value in zip(named.items(), prints, strict=True):
+        digest.update(f"{name}\0{param.dtype}\0{tuple(param.shape)}\0{value}\n".encode())
+    return digest.hexdigest()
 
 
 def check_frozen(model: Policy | PreTrainedModel, snapshot: Mapping[str, int], family: Family) -> None:

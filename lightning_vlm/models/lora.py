@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,19 @@ def inject_lora(model: nn.Module, ranks: Mapping[str, tuple[int, float]], *, see
 def lora_layers(model: nn.Module) -> dict[str, nn.Module]:
     """{path: layer that carries an adapter}."""
     return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """The model as it was before its adapters learned anything; no gradient may be taken inside."""
+    layers = [layer for layer in lora_layers(model).values() if not layer.disable_adapters]
+    for layer in layers:
+        layer._disable_adapters = True  # `enable_adapters` would also switch off their training
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 def merge_lora(model: nn.Module) -> None:

@@ -2,8 +2,8 @@
 
     [prompt][continuation 1][continuation 2] …
 
-Each continuation attends to the prompt and to itself, and its positions go on where the prompt ends; so every token sees
-exactly what it sees when its row stands alone, and gradients are exact. Ours.
+Each continuation attends to the prompt and to itself, and its positions go on where the prompt ends; so every token
+sees exactly what it sees when its row stands alone, and gradients are exact. Ours.
 """
 
 from __future__ import annotations

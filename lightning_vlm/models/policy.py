@@ -1,8 +1,8 @@
 """The model as algorithms see it: rows in, hidden states of the scored tokens out.
 
 Images are encoded once per distinct image and handed to the family's own forward through one seam, so that placeholder
-scatter, M-RoPE and deepstack stay the family's code. Shape suffixes: B physical rows, T padded length, N scored tokens, D width,
-V vocabulary, I distinct images, O image occurrences.
+scatter, M-RoPE and deepstack stay the family's code. Shape suffixes: B physical rows, T padded length, N scored tokens,
+D width, V vocabulary, I distinct images, O image occurrences.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ class Scores(NamedTuple):
         top_logprobs: [N] log-probability of the most likely token.
         top_ids: [N] the most likely token.
         rows: [N] index of the token's row in the batch.
+        uniform_logprobs: [N] mean of log π over the vocabulary, nats, differentiable; where it was asked for.
     """
 
     logprobs: Tensor
@@ -39,6 +40,7 @@ class Scores(NamedTuple):
     top_logprobs: Tensor
     top_ids: Tensor
     rows: Tensor
+    uniform_logprobs: Tensor | None = None
 
     def per_row(self, values: Tensor, count: int) -> Tensor:
         """[count] sums of per-token `values` [N] over each row."""
@@ -76,6 +78,7 @@ class Policy(nn.Module):
         beta: float = 0.5,
         raw: bool = False,
         patch_heads: bool = False,
+        uniform: bool = False,
     ) -> Scores | Divergences | HeadInput | list[Tensor]:
         """Score a batch; the one way to read this policy's distributions, for weights may be sharded outside of it.
 
@@ -87,6 +90,7 @@ class Policy(nn.Module):
             raw: return this policy's own `HeadInput`, to be given as `against`.
             patch_heads: return what the modules of `self.heads` say of every image token, [image tokens, classes] each,
                 images in order of occurrence; the language model is not run.
+            uniform: also give the mean log-prob over the vocabulary, which label smoothing needs.
         """
         if patch_heads:
             features = self.image_features(batch)
@@ -96,7 +100,12 @@ class Policy(nn.Module):
             return HeadInput(hidden, weight)
         if against is not None:
             return divergences(hidden, weight, *against, beta=beta, temperature=temperature)
-        return Scores(*token_scores(hidden, weight, batch.labels, temperature=temperature), batch.row_index)
+        scores = token_scores(hidden, weight, batch.labels, temperature=temperature)
+        mean = None
+        if uniform:  # mean_v log π_v = log π_y − h·(w_y − mean_v w_v)/T, without the other logits
+            apart = weight[batch.labels] - weight.mean(0)
+            mean = scores.logprobs - (hidden * apart).sum(-1).to(scores.logprobs.dtype) / temperature
+        return Scores(*scores, batch.row_index, mean)
 
     def score(self, batch: ModelBatch, *, temperature: float = 1.0) -> Scores:
         """Log-probs and entropies of the scored tokens, through `forward` so that hooks run."""
