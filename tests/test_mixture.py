@@ -7,9 +7,10 @@ from collections import Counter
 
 import pytest
 
-from lightning_vlm.data.mixture import Mixture, split_by_hash
+from lightning_vlm.data.mixture import Mixture
 from lightning_vlm.data.schema import Sample, message, text
 from lightning_vlm.data.sources import SourceSpec, open_source
+from lightning_vlm.data.sources.base import Part
 
 
 def source(name: str, size: int) -> list[Sample]:
@@ -121,28 +122,41 @@ def test_two_sources_of_one_label_are_refused(tmp_path):
     assert {s.id for s in Mixture([one, other], [1, 1])} == {"qa/0", "other/0"}
 
 
-def test_split_by_hash():
-    parts = [source("a", 4000), source("b", 400)]
-    first, second = split_by_hash(parts, 0.75)
-    for whole, one, two in zip(parts, first, second, strict=True):
-        ids = [{s.id for s in part} for part in (one, two)]
-        assert not ids[0] & ids[1] and ids[0] | ids[1] == {s.id for s in whole}
+def test_parts_are_disjoint_and_stay():
+    for whole in (source("a", 4000), source("b", 400)):
+        one, two = ({s.id for s in Part(*bounds).of(whole)} for bounds in ((0, 0.75), (0.75, 1)))
+        assert not one & two and one | two == {s.id for s in whole}
         # 4 standard deviations of a binomial
         assert abs(len(one) - 0.75 * len(whole)) < 4 * (len(whole) * 0.75 * 0.25) ** 0.5
     # what is added or reordered moves nothing
-    more = split_by_hash([source("a", 5000)[::-1]], 0.75)[0][0]
-    assert {s.id for s in first[0]} <= {s.id for s in more}
-    assert [s.id for s in split_by_hash(parts, 0.75, seed=1)[0][0]] != [s.id for s in first[0]]
+    first = [s.id for s in Part(0, 0.75).of(source("a", 4000))]
+    assert set(first) <= {s.id for s in Part(0, 0.75).of(source("a", 5000)[::-1])}
+    assert [s.id for s in Part(0, 0.75, seed=1).of(source("a", 4000))] != first
 
 
-def test_split_keeps_samples_of_one_image_together():
+def test_parts_keep_samples_of_one_image_together():
     pairs = [Sample(f"c/{i}#{k}", []) for i in range(50) for k in range(5)]
-    first, second = (part[0] for part in split_by_hash([pairs], 0.5))
+    first, second = (Part(*bounds).of(pairs) for bounds in ((0, 0.5), (0.5, 1)))
     assert not {s.id.split("#")[0] for s in first} & {s.id.split("#")[0] for s in second}
 
 
-def test_split_refusals():
-    with pytest.raises(ValueError, match=r"between 0 and 1, got 1\.0"):
-        split_by_hash([source("a", 9)], 1.0)
-    with pytest.raises(ValueError, match="too few to split"):
-        split_by_hash([source("a", 1)], 0.5)
+def test_parts_do_not_depend_on_the_sources_name():
+    """Stages may name their data as they like: disjoint stays disjoint."""
+    options = {"size": 200, "families": ["caption"]}
+    specs = [
+        SourceSpec(kind="world", split="train", options=options, label=label, part=bounds)
+        for label, bounds in (("one", (0, 0.75)), ("two", (0.75, 1)), ("two", (0, 0.75)))
+    ]
+    ids = [{s.id.partition("/")[2] for s in open_source(spec, for_training=True)} for spec in specs]
+    assert not ids[0] & ids[1] and ids[0] == ids[2] and len(ids[0] | ids[1]) == 200
+
+
+@pytest.mark.parametrize("bounds", [(0.5, 0.5), (-0.1, 1), (0, 1.5)])
+def test_parts_that_are_none(bounds):
+    with pytest.raises(ValueError, match="0 <= low < high <= 1"):
+        Part(*bounds)
+
+
+def test_an_empty_part():
+    with pytest.raises(ValueError, match="1 samples, none of them in part"):
+        Part(0, 1e-9).of(source("a", 1))

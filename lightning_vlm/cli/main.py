@@ -27,6 +27,14 @@ COMMANDS = {
         "score answers made elsewhere, with intervals: BENCHMARK FILE ...",
     ),
     "compare": ("lightning_vlm.cli.compare", "compare runs by per-example files, with paired statistics: A B ..."),
+    "pairs": (
+        "lightning_vlm.cli.pairs",
+        "make a preference file from a model's answers, edits or given negatives: --data KIND=PATH --out FILE",
+    ),
+    "influence": (
+        "lightning_vlm.cli.influence",
+        "what a step on one sample does to other texts, for small models: DIR --train FILE --probe FILE",
+    ),
     "overlap": (
         "lightning_vlm.cli.overlap",
         "what of a benchmark is in the training data, by picture and text: TRAIN BENCHMARK",

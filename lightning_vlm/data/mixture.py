@@ -1,8 +1,7 @@
-"""Mixtures of sources, and disjoint splits of them."""
+"""Mixtures of sources."""
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
@@ -11,7 +10,7 @@ from functools import lru_cache
 import numpy as np
 
 from lightning_vlm.data.schema import Sample
-from lightning_vlm.data.sources.base import Subset, draw, id_at
+from lightning_vlm.data.sources.base import draw, hash_unit
 
 
 class Mixture(Sequence[Sample]):
@@ -109,51 +108,13 @@ class Mixture(Sequence[Sample]):
         return len(self.sources) - 1, index
 
 
-def split_by_hash(
-    sources: Sequence[Sequence[Sample]], fraction: float, *, seed: int = 0
-) -> tuple[list[Subset], list[Subset]]:
-    """Two disjoint parts of every source that do not change when samples are added or reordered.
-
-    A sample's part follows from its id alone; what stands behind a `#` in the id does not count, so that samples of one
-    image stay together.
-
-    Args:
-        sources: sequences of samples. fraction: expected share of the first part, between 0 and 1.
-        seed: another seed is another split.
-
-    Returns:
-        The first parts and the second parts, in the order of the sources.
-
-    Raises:
-        ValueError: a fraction outside (0, 1), or a source too small to give both parts a sample.
-    """
-    if not 0 < fraction < 1:
-        raise ValueError(f"the fraction of a split must lie between 0 and 1, got {fraction}")
-    parts: tuple[list[Subset], list[Subset]] = ([], [])
-    for source in sources:
-        first = [_unit(seed, id_at(source, i).split("#")[0]) < fraction for i in range(len(source))]
-        for part, wanted in zip(parts, (True, False), strict=True):
-            indices = [i for i, is_first in enumerate(first) if is_first is wanted]
-            if not indices:
-                name = getattr(source, "label", "") or "the source"
-                raise ValueError(f"{name} has {len(source)} samples, too few to split {fraction} / {1 - fraction:.3g}")
-            part.append(Subset(source, indices))
-    return parts
-
-
 def _turns(weights: list[Fraction], seed: int) -> list[tuple[Fraction, Fraction]]:
     """Of all sources but the last: share among those not yet served, and the offset in [0, 1) that the seed gives."""
     left, turns = sum(weights), []
     for source, weight in enumerate(weights[:-1]):
-        turns.append((weight / left, Fraction(_unit(seed, f"turn {source}"))))
+        turns.append((weight / left, Fraction(hash_unit(seed, f"turn {source}"))))
         left -= weight
     return turns
-
-
-def _unit(seed: int, text: str) -> float:
-    """A number in [0, 1) that follows from seed and text."""
-    digest = hashlib.blake2b(f"{seed}/{text}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") / 2**64
 
 
 @lru_cache(maxsize=16)

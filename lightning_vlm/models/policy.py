@@ -149,10 +149,10 @@ class Policy(nn.Module):
         """
         with self.inputs(batch) as inputs:
             if batch.segments is not None:
-                inputs["position_ids"] = self._positions(batch, inputs) - batch.shifts
+                inputs["position_ids"] = self.positions(batch, inputs) - batch.shifts
                 inputs["attention_mask"] = prompt_mask(batch.segments)
             elif "mm_token_type_ids" not in inputs:
-                inputs["position_ids"] = self._positions(batch, inputs)
+                inputs["position_ids"] = self.positions(batch, inputs)
             out = self.model.model(**inputs, use_cache=False)
         return out.last_hidden_state.flatten(0, 1)[batch.predictors]
 
@@ -194,7 +194,7 @@ class Policy(nn.Module):
         with _image_seam(self.model.model, batch):
             yield inputs
 
-    def _positions(self, batch: ModelBatch, inputs: dict[str, Any]) -> Tensor:
+    def positions(self, batch: ModelBatch, inputs: dict[str, Any]) -> Tensor:
         """[B, T] positions that skip the padding; [3, B, T] for the Qwen line, where two axes can mean packed rows."""
         if "mm_token_type_ids" in inputs:
             known = {name: inputs[name] for name in ("mm_token_type_ids", "image_grid_thw", "attention_mask")}

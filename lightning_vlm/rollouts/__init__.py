@@ -1,4 +1,4 @@
-"""Generation: sampling settings and the engines that sample from a policy."""
+"""Generation: sampling settings, beam search and the engines that sample from a policy."""
 
 from .engine import Completion, Engine, HFEngine, completion_row
 from .sampling import Sampling

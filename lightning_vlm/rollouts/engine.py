@@ -11,9 +11,10 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, LogitsProcessorList
 
-from lightning_vlm.models.batch import Row
+from lightning_vlm.models.batch import ModelBatch, Row
 from lightning_vlm.models.collate import collate
 
+from .beam import BeamSearch, beam_search
 from .sampling import KeyedSampler, Sampling, draw_key
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One sampled continuation of a prompt.
+    """One continuation of a prompt, sampled or found by beam search.
 
     Attributes:
         ids: token ids, up to and including the end-of-turn token where there is one.
@@ -79,7 +80,8 @@ class HFEngine:
     Args:
         policy: the policy; its Hugging Face model generates, with images encoded once per distinct image.
         processor: gives the end-of-turn, padding and banned ids, and decodes.
-        batch_size: sequences (prompts × n) generated together. Changes speed and memory, not what is drawn.
+        batch_size: sequences (prompts × n, prompts × beams) generated together. Changes speed and memory, not what is
+            drawn.
         context: called with the policy around all of a `generate`, for strategies that have to gather sharded weights
             first.
         progress: show a progress bar when a rollout takes longer than a few seconds (main process, terminal only).
@@ -111,11 +113,7 @@ class HFEngine:
         Raises:
             ValueError: n below 1, an empty prompt, or a prompt with an image that is cut off.
         """
-        if n < 1:
-            raise ValueError(f"n completions per prompt must be at least 1, got {n}")
-        for row in prompts:
-            if len(row) == 0:
-                raise ValueError(f"prompt {row.id!r} is empty: nothing to continue")
+        _check(prompts, n)
         draws = 1 if sampling.greedy else n  # greedy draws of one prompt are one and the same
         # By length, so that a batch pads little; longest first, so that too large a batch shows at once.
         jobs = sorted(((p, d) for p in range(len(prompts)) for d in range(draws)), key=lambda j: -len(prompts[j[0]]))
@@ -129,11 +127,57 @@ class HFEngine:
                 bar.update(len(batch))
         return [[done[p, d % draws] for d in range(n)] for p in range(len(prompts))]
 
+    def beams(
+        self,
+        prompts: Sequence[Row],
+        *,
+        beams: int,
+        n: int = 1,
+        max_new_tokens: int,
+        length_penalty: float = 0.0,
+    ) -> list[list[Completion]]:
+        """The most likely completions that a beam search finds (see `rollouts.beam`).
+
+        Args:
+            prompts: rows that end where the answer begins (`Encoder.encode_prompt`).
+            beams: sequences kept per prompt at every step; 1 is greedy.
+            n: how many of them to return.
+            max_new_tokens: longest completion in tokens, end-of-turn token included.
+            length_penalty: completions rank by log-prob / tokens**length_penalty; 0 ranks by log-prob.
+
+        Returns:
+            For each prompt, in order, its n best completions, best first; fewer only where fewer exist.
+
+        Raises:
+            ValueError: n below 1 or above `beams`, `beams` or `max_new_tokens` below 1, an empty prompt, or a prompt
+                with an image that is cut off.
+        """
+        _check(prompts, n)
+        search = BeamSearch(beams=beams, max_new_tokens=max_new_tokens, length_penalty=length_penalty)
+        if n > beams:
+            raise ValueError(f"a search with {beams} beams has no {n} best: set n to at most {beams}, or more beams")
+        found: list[list[Completion]] = [[] for _ in prompts]
+        order = sorted(range(len(prompts)), key=lambda p: -len(prompts[p]))
+        together = max(1, self.batch_size // beams)
+        with torch.no_grad(), self.context(self.policy), _generating(self.policy), self._bar(len(order)) as bar:
+            for start in range(0, len(order), together):
+                some = order[start : start + together]
+                batch = self._collate([prompts[p] for p in some])
+                ids = {"eos": self.processor.eos_ids, "banned": self.processor.banned_ids}
+                for p, best in zip(some, beam_search(self.policy, batch, search, **ids), strict=True):
+                    found[p] = [self._completion(*beam) for beam in best[:n]]
+                bar.update(len(some))
+        return found
+
+    def _collate(self, rows: list[Row]) -> ModelBatch:
+        device = next(self.policy.model.parameters()).device
+        return collate(rows, self.policy.family, self.processor.pad_id, side="left").to(device)
+
     def _generate(self, rows: list[Row], draw_keys: list[int], sampling: Sampling) -> list[Completion]:
         model, processor = self.policy.model, self.processor
-        device = next(model.parameters()).device
-        batch = collate(rows, self.policy.family, processor.pad_id, side="left").to(device)
-        sampler = KeyedSampler(sampling, torch.tensor(draw_keys, device=device), processor.banned_ids)
+        batch = self._collate(rows)
+        draw_keys = torch.tensor(draw_keys, device=batch.input_ids.device)
+        sampler = KeyedSampler(sampling, draw_keys, processor.banned_ids)
         config = GenerationConfig(
             max_new_tokens=sampling.max_new_tokens,
             do_sample=False,
@@ -173,6 +217,14 @@ class HFEngine:
         other = torch.distributed.is_initialized() and torch.distributed.get_rank() > 0
         hidden = True if other or not self.progress else None  # None: shown on a terminal only
         return tqdm(total=total, desc="generating", unit="seq", leave=False, delay=5, disable=hidden)
+
+
+def _check(prompts: Sequence[Row], n: int) -> None:
+    if n < 1:
+        raise ValueError(f"n completions per prompt must be at least 1, got {n}")
+    for row in prompts:
+        if len(row) == 0:
+            raise ValueError(f"prompt {row.id!r} is empty: nothing to continue")
 
 
 @contextmanager

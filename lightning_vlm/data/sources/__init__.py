@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from lightning_vlm.data.schema import Sample
-from lightning_vlm.data.sources.base import Relabelled, Source, Subset, draw, id_at
+from lightning_vlm.data.sources.base import Part, Relabelled, Source, Subset, draw, id_at
 from lightning_vlm.data.sources.coco import open_coco
 from lightning_vlm.data.sources.conversations import open_conversations
 from lightning_vlm.data.sources.mathvista import open_mathvista, refuse_training
@@ -16,7 +16,7 @@ from lightning_vlm.data.sources.preferences import open_preferences
 from lightning_vlm.data.sources.questions import open_geometry3k, open_mathvision, open_mmvp, open_questions
 from lightning_vlm.data.sources.spec import SourceSpec, one_of
 
-_ALWAYS = ("kind", "label", "limit", "weight")
+_ALWAYS = ("kind", "label", "part", "limit", "weight")
 _TABLE = ("path", "split", "name", "images_root", "images_prefix", "columns")
 _IMAGES = ("image", "images", "id")
 _BY_PURPOSE = ("coco", "geometry3k", "qa")  # kinds that take another split, or show captions otherwise, in training
@@ -114,6 +114,8 @@ def open_source(spec: SourceSpec, *, for_training: bool) -> Sequence[Sample]:
     source = kind.open(spec, label, **extra)
     if len(source) == 0:
         raise ValueError(f"data source {label!r} is empty; choose another split or file, or leave it out")
+    if spec.part is not None:
+        source = Part(*spec.part).of(source)
     if spec.limit is not None and spec.limit < len(source):
         return Subset(source, range(spec.limit))
     return source

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -119,6 +120,47 @@ class Relabelled(Source):
 
     def _id(self, id: str) -> str:
         return f"{self.label}/{id}" if self.prefix_ids else id
+
+
+class Part:
+    """A share of a source that does not change when samples are added or reordered.
+
+    A sample belongs to it by a hash of its id alone. The source's label in it does not count, so that two stages may
+    call their data by different names; nor does what stands behind a `#`, so that samples of one image stay together.
+    Parts whose bounds do not overlap share no sample.
+
+    Args:
+        low, high: bounds in [0, 1], the first included; 0 to .75 is three quarters of the samples.
+        seed: another seed is another division.
+
+    Raises:
+        ValueError: bounds that are none.
+    """
+
+    def __init__(self, low: float, high: float, *, seed: int = 0) -> None:
+        if not 0 <= low < high <= 1:
+            raise ValueError(f"part: bounds must satisfy 0 <= low < high <= 1, got [{low}, {high}]")
+        self.low, self.high, self.seed = low, high, seed
+
+    def of(self, source: Sequence[Sample]) -> Subset:
+        """The part of a source.
+
+        Raises:
+            ValueError: no sample of it.
+        """
+        prefix = f"{getattr(source, 'label', '')}/"
+        ids = (id_at(source, i).removeprefix(prefix).split("#")[0] for i in range(len(source)))
+        indices = [i for i, id in enumerate(ids) if self.low <= hash_unit(self.seed, id) < self.high]
+        if not indices:
+            name = getattr(source, "label", "") or "the source"
+            raise ValueError(f"{name} has {len(source)} samples, none of them in part [{self.low}, {self.high}]")
+        return Subset(source, indices)
+
+
+def hash_unit(seed: int, text: str) -> float:
+    """A number in [0, 1) that follows from seed and text."""
+    digest = hashlib.blake2b(f"{seed}/{text}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
 
 
 def id_at(source: Sequence[Sample], index: int) -> str:

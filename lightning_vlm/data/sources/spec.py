@@ -23,6 +23,7 @@ class SourceSpec:
         prompt: how the question is asked: freeform or mcq (geometry3k), direct or boxed (qa). Default the first.
         instruction: text after the question, in place of the kind's own.
         columns: `our name: their name` for renamed columns; `id: null` numbers the rows instead of reading ids.
+        part: only the samples whose id hashes into these bounds: [0, 0.75] and [0.75, 1] share none, whatever is added.
         limit: only the first so many rows.
         weight: relative share of the samples drawn in a mixture.
         options: settings of the kind: `captions: all|one` (coco), `swap_pairs: true|false` (mmvp), the arguments of the
@@ -39,6 +40,7 @@ class SourceSpec:
     prompt: str | None = None
     instruction: str | None = None
     columns: dict[str, str | None] = field(default_factory=dict)
+    part: tuple[float, float] | None = None
     limit: int | None = None
     weight: float = 1.0
     options: dict[str, Any] = field(default_factory=dict)
