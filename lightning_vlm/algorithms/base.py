@@ -7,6 +7,7 @@ optimizer step, keeps ranks together, clips, steps, counts, logs.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -208,6 +209,7 @@ class Algorithm(EvaluationMixin, L.LightningModule):
 
     def optimize(self, items: list[Item], *, skipped: int = 0) -> None:
         """One optimizer step over `items` of this rank."""
+        start = time.perf_counter()
         optimizer = self.optimizers()
         # Draws inside the model (dropout) depend on the step alone.
         torch.manual_seed(hash((self.seed, self.clock)) % 2**63)
@@ -220,7 +222,8 @@ class Algorithm(EvaluationMixin, L.LightningModule):
         total = norms.pop("total")
         if any(counts.values()):  # an empty step says nothing about parts
             self.guard.observe(self.clock, norms, images=any(row.images for item in items for row in item))
-        self._report(report | {"grad_norm": total, "skipped": skipped}, norms, rates, step)
+        seconds = time.perf_counter() - start
+        self._report(report | {"grad_norm": total, "skipped": skipped, "seconds": seconds}, norms, rates, step)
 
     def gradient(self, items: list[Item]) -> tuple[dict[str, float], dict[str, float], StepTotals]:
         """The objective's gradient over the items of all ranks; one pass over them by default.

@@ -39,7 +39,8 @@ class DPO(PairAlgorithm):
         bco_weight: w₂, weight of −log σ(βΔ_w − δ) − log σ(−(βΔ_l − δ)), δ the running mean of the rewards.
         nll_weight: w₃, weight of −log π(y_w)/|y_w|.
         reference: `cache` computes log π_ref once and keeps it on disk, `online` holds a second model, `adapters_off`
-            switches LoRA off; None takes `adapters_off` where LoRA is all that trains, else `cache`.
+            switches LoRA off. None takes `adapters_off` where LoRA is all that trains, else `online` if negatives are
+            generated (`cache` loads the reference anew for each step's, which saves its memory), else `cache`.
         reference_model: model directory or hub id of another reference than the stage's start; the tokenizer must be
             the same.
         reference_cache: folder of reference log-probs made elsewhere, refused unless it is of the same weights; None
@@ -82,6 +83,8 @@ class DPO(PairAlgorithm):
             )
         if weighting != "none" and not dpo_weight:
             raise ValueError(f"model.weighting {weighting!r} has no effect with model.dpo_weight 0: set it to none")
+        if reference not in (None, "cache", "online", "adapters_off"):
+            raise ValueError(f"model.reference is {reference!r}; choose cache, online or adapters_off")
         if isinstance(ell_floor, str) and ell_floor != "mean":
             raise ValueError(f"model.ell_floor is {ell_floor!r}; give nats per token, such as -3.0, or `mean`")
         if not detach_weight and weighting != "cooling":
@@ -109,7 +112,11 @@ class DPO(PairAlgorithm):
         """Make the reference while the policy is whole."""
         if self.trainer.state.fn == "fit":
             self.reference = make_reference(
-                self, self.reference_kind, model=self.reference_model, folder=self.reference_cache
+                self,
+                self.reference_kind,
+                model=self.reference_model,
+                folder=self.reference_cache,
+                generated=self.negatives.generated,
             )
 
     def on_fit_start(self) -> None:
@@ -118,7 +125,8 @@ class DPO(PairAlgorithm):
         self.reference.start()
 
     def keep(self, items: list[Item]) -> list[Item]:
-        """Pairs with reference log-probs; hopeless negatives are left out."""
+        """Pairs with reference log-probs; what has no negative, or a hopeless one, is left out."""
+        items = [item for item in items if len(item) == 2]
         self.reference.annotate(items)
         if self.hopeless_below is None:
             return items
@@ -219,15 +227,9 @@ class DPO(PairAlgorithm):
 
 def with_loss_shares(report: dict[str, float]) -> dict[str, float]:
     """The report with `loss_share/<group>`, the part of the summed loss that each group of pairs has."""
-    for name in [name for name in report if name.startswith("share/")]:
-        group = name.removeprefix("share/")
-        whole = sum(report[f"share/{g}"] * report[f"loss/{g}"] for g in _siblings(report, group))
-        part = report[name] * report[f"loss/{group}"]
-        report[f"loss_share/{group}"] = part / whole if whole else 0.0
-    return report
-
-
-def _siblings(report: dict[str, float], group: str) -> list[str]:
-    kinds = {"data", "on_policy", "beam"}
-    groups = [name.removeprefix("share/") for name in report if name.startswith("share/")]
-    return [g for g in groups if (g in kinds) == (group in kinds)]
+    parts = {name[6:]: share * report[f"loss/{name[6:]}"] for name, share in report.items() if name[:6] == "share/"}
+    whole: dict[str, float] = {}
+    for group, part in parts.items():
+        whole[group.split("/")[0]] = whole.get(group.split("/")[0], 0.0) + part
+    shares = {group: part / whole[group.split("/")[0]] if part else 0.0 for group, part in parts.items()}
+    return report | {f"loss_share/{group}": share for group, share in shares.items()}

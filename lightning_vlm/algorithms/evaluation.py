@@ -6,19 +6,22 @@ into metrics. Callbacks read `records`, `summaries` and `fresh_metrics`; they ne
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 
-from lightning_vlm.algorithms.micro import micro_batches
+from lightning_vlm.algorithms.micro import Item, micro_batches
+from lightning_vlm.algorithms.probing import Prober
 from lightning_vlm.benchmarks.grading import grade_all
 from lightning_vlm.benchmarks.rule import Summary
 from lightning_vlm.data.loading import StepBatch
 from lightning_vlm.data.module import Evaluation
 from lightning_vlm.metrics.records import Records
+from lightning_vlm.models.batch import ModelBatch, Row
 from lightning_vlm.models.collate import collate
+from lightning_vlm.models.packing import Pack, packs
 from lightning_vlm.rollouts import HFEngine, Sampling
 from lightning_vlm.strategies.sync import unsharded
 
@@ -41,11 +44,20 @@ class EvaluationMixin:
     samples: int
 
     def evaluation_due(self, evaluation: Evaluation) -> bool:
-        """Whether the clock crossed a multiple of the interval since this evaluation last ran, or the run ends here."""
+        """Whether the clock crossed a multiple of the interval since this evaluation last ran, or the run ends here.
+
+        An evaluation with `at_start` is due before the first step, too, and wherever the run is stopped early.
+        """
+        at_start = getattr(evaluation, "at_start", False)
+        if at_start and evaluation.name not in self._evaluated:
+            return True
         last = self._evaluated.get(evaluation.name, 0)
-        return self.clock != last and (
-            self.clock // evaluation.every > last // evaluation.every or self.clock >= self._total_steps
-        )
+        ends = self.clock >= self._total_steps or (at_start and self.trainer.should_stop)
+        return self.clock != last and (ends or self.clock // evaluation.every > last // evaluation.every)
+
+    def evaluated_at(self, name: str) -> int | None:
+        """The optimizer step at which an evaluation last ran in this run; None if it never did."""
+        return self._evaluated.get(name)
 
     def evaluation_state(self) -> dict[str, Any]:
         """What a checkpoint keeps: when each evaluation last ran."""
@@ -67,6 +79,7 @@ class EvaluationMixin:
         data = self.trainer.datamodule
         evaluations = getattr(data, "evaluations", {})
         self._running = {name: e for name, e in evaluations.items() if data.due(e)}
+        self._probers = {name: self._prober(e) for name, e in self._running.items() if e.encoding == "probe"}
         self._gathering = {name: Records().to(self.device) for name in self._running}
         for records in self._gathering.values():
             records.update([])  # a rank that no example falls to takes part in the gather
@@ -79,9 +92,10 @@ class EvaluationMixin:
             results = self._on_first_rank(lambda name=name: self._summarised(name))
             metrics = {f"{prefix}/{name}/{metric}": float(value) for metric, value in results.items()}
             self.fresh_metrics |= set(metrics)
-            self._evaluated[name] = self.clock
+            if not self.trainer.sanity_checking:
+                self._evaluated[name] = self.clock
             self.log_dict(metrics, batch_size=1)
-        self._gathering = {}
+        self._gathering, self._probers = {}, {}
         if self._running:
             self.log("step", float(self.clock), batch_size=1)
 
@@ -124,8 +138,8 @@ class EvaluationMixin:
         """Generate and grade, or score, one batch of one evaluation."""
         name = list(self.trainer.datamodule.evaluations)[dataloader_idx]
         evaluation = self._running[name]
-        answer = self._graded if evaluation.encoding == "prompt" else self._scored
-        self._gathering[name].update(answer(evaluation, batch))
+        records = {"prompt": self._graded, "probe": self._probed}.get(evaluation.encoding, self._scored)
+        self._gathering[name].update(records(evaluation, batch))
 
     def test_step(self, batch: StepBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """As for validation."""
@@ -165,13 +179,24 @@ class EvaluationMixin:
             for draw, completion in enumerate(drawn)
         ]
 
+    def _prober(self, evaluation: Any) -> Prober:
+        keys = (self.seed, self.clock)
+        return Prober(evaluation, self.policy, self._engine, micro_batches=self._evaluation_batches, keys=keys)
+
+    def _probed(self, evaluation: Any, batch: StepBatch) -> list[dict[str, Any]]:
+        return self._probers[evaluation.name].records(batch)
+
+    def _evaluation_batches(self, items: list[Item]) -> Iterator[ModelBatch]:
+        """Micro-batches on the device; weights are whole here, so ranks need not have equally many."""
+        for group in micro_batches(items, self.micro_batch_tokens, share_prompts=self.share_prompts):
+            rows: list[Row | Pack] = [row for item in group for row in (packs(item) if self.share_prompts else item)]
+            yield collate(rows, self.policy.family, self.processor.pad_id).to(self.device)
+
     @torch.no_grad()
     def _scored(self, evaluation: Any, batch: StepBatch) -> list[dict[str, Any]]:
         records = []
-        for items in micro_batches(batch.items, self.micro_batch_tokens):
-            rows = [row for item in items for row in item]
-            model_batch = collate(rows, self.policy.family, self.processor.pad_id).to(self.device)
-            scores = self.policy.score(model_batch)
+        for model_batch in self._evaluation_batches(batch.items):
+            scores, rows = self.policy.score(model_batch), model_batch.rows
             right = (scores.top_ids == self.policy.labels(model_batch)).to(scores.logprobs.dtype)
             ones = torch.ones_like(scores.logprobs)
             columns = {"logprob": scores.logprobs, "entropy": scores.entropies, "right": right, "tokens": ones}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -10,6 +9,7 @@ from lightning_vlm.algorithms.micro import Item
 from lightning_vlm.benchmarks.grading import grade_all
 from lightning_vlm.benchmarks.rules import RULES
 from lightning_vlm.data.schema import Sample
+from lightning_vlm.data.sources.base import hash_unit
 from lightning_vlm.data.sources.spec import one_of
 from lightning_vlm.models.batch import Row
 from lightning_vlm.rollouts import Completion, HFEngine, Sampling, completion_row
@@ -82,8 +82,7 @@ class Negatives:
 
     def kind_of(self, seed: int, step: int, id: str) -> str:
         """Which kind a sample gets: a draw keyed by (seed, step, id), so that neither rank nor order matters."""
-        digest = hashlib.blake2b(f"{seed}\x1fnegative\x1f{step}\x1f{id}".encode(), digest_size=8).digest()
-        at = int.from_bytes(digest, "big") / 2**64 * self.total
+        at = hash_unit(seed, f"negative/{step}/{id}") * self.total
         for kind in self.kinds:
             at -= getattr(self, kind)
             if at < 0:
@@ -102,7 +101,7 @@ def generate(
 ) -> tuple[list[Item], dict[str, float]]:
     """Items whose rejected rows are of the kind that their sample drew.
 
-    Where no generated answer is wrong, the data set's negative stands in; where there is none, the pair is left out.
+    Where no generated answer is wrong, the data set's negative stands in; where there is none, the chosen row is alone.
 
     Args:
         negatives: shares and settings. engine: samples from the policy as it is now.
@@ -110,10 +109,10 @@ def generate(
         seed, step: key of the draws.
 
     Returns:
-        The items, in order, and counts: `wanted` and `found` per generated kind, `left_out`.
+        The items, in order, and counts: `wanted` and `found` per generated kind, and `missing` negatives.
     """
     kinds = [negatives.kind_of(seed, step, sample.id) for sample in samples]
-    counts: dict[str, float] = {"left_out": 0.0}
+    counts: dict[str, float] = {}
     found: dict[int, Row] = {}
     for kind in (kind for kind in negatives.kinds if kind != "data"):
         chosen = [i for i, drawn in enumerate(kinds) if drawn == kind]
@@ -124,15 +123,8 @@ def generate(
                 found[i] = row
         counts[f"wanted/{kind}"] = float(len(chosen))
         counts[f"found/{kind}"] = float(sum(i in found for i in chosen))
-    out: list[Item] = []
-    for i, item in enumerate(items):
-        if i in found:
-            out.append([item[0], found[i]])
-        elif len(item) > 1:
-            out.append(list(item))
-        else:
-            counts["left_out"] += 1
-    return out, counts
+    out = [[item[0], found[i]] if i in found else list(item) for i, item in enumerate(items)]
+    return out, counts | {"missing": float(sum(len(item) < 2 for item in out))}
 
 
 def prompt_of(chosen: Row) -> Row:

@@ -69,9 +69,9 @@ class PairAlgorithm(Algorithm):
 
     def report_names(self) -> dict[str, list[str]]:
         """What reports are broken down by: data sources and kinds of negatives, where there are several."""
-        sources = list(getattr(self.trainer.datamodule, "train_specs", {}))
-        labels = [spec.label or name for name, spec in getattr(self.trainer.datamodule, "train_specs", {}).items()]
-        groups = {"source": labels if len(sources) > 1 else [], "negative": list(self.negatives.kinds)}
+        specs = getattr(self.trainer.datamodule, "train_specs", {})
+        sources = [spec.label or name for name, spec in specs.items()]
+        groups = {"source": sources, "negative": list(self.negatives.kinds)}
         return {key: names for key, names in groups.items() if len(names) > 1}
 
     def by_group(self, batch: ModelBatch, values: dict[str, Tensor]) -> dict[str, tuple[Tensor, float]]:
@@ -81,7 +81,8 @@ class PairAlgorithm(Algorithm):
             batch: a micro-batch of pairs. values: name → [P].
 
         Returns:
-            `share/<group>`, `<value>/<group>` as (sum, count); the same names on every rank and micro-batch.
+            `share/<group>`, `<value>/<group>` as (sum, count), groups being `source/<name>` and `negative/<kind>`; the
+            same names on every rank and micro-batch.
         """
         rejected = [row for row in batch.rows if row.name == "rejected"]
         out: dict[str, tuple[Tensor, float]] = {}
@@ -90,8 +91,8 @@ class PairAlgorithm(Algorithm):
             for name in names:
                 picked = torch.tensor([entry == name for entry in mine], dtype=torch.bool, device=self.device)
                 count = float(sum(entry == name for entry in mine))
-                out[f"share/{name}"] = picked.sum(), float(len(mine))
-                out |= {f"{value}/{name}": (column[picked].sum(), count) for value, column in values.items()}
+                out[f"share/{key}/{name}"] = picked.sum(), float(len(mine))
+                out |= {f"{value}/{key}/{name}": (column[picked].sum(), count) for value, column in values.items()}
         return out
 
 

@@ -63,13 +63,19 @@ class Reference:
         """The reference as a model of its own, frozen, whole, on the CPU.
 
         Raises:
-            ValueError: a tokenizer or vocabulary other than the policy's.
+            ValueError: a tokenizer, or an architecture, other than the policy's.
         """
         module, backbone = self.module, self.module.backbone
         if self.model is not None:
             backbone = replace(backbone, path=self.model, adapter=None)
             check_same_tokens(self.model, load_processor(backbone), module.processor)
-        return module.build_policy(backbone).requires_grad_(False).eval()
+        policy = module.build_policy(backbone).requires_grad_(False).eval()
+        if policy.family.name != module.policy.family.name:
+            raise ValueError(
+                f"model.reference_model {self.model!r} is a {policy.family.name}, backbone.path a "
+                f"{module.policy.family.name}: they look at other pixels; take a reference of the same architecture"
+            )
+        return policy
 
 
 class OnlineReference(Reference):
@@ -131,13 +137,14 @@ class CachedReference(Reference):
 
     def annotate(self, items: list[Item]) -> None:
         """Look the rows up; where some are missing, compute those and all that this run has still to draw."""
-        rows = [row for item in items for row in item]
-        missing = self._look_up(rows)
+        missing = self._look_up(row for item in items for row in item)
         if missing:
             self.store.refresh()  # another rank or run may have computed them
             missing = self._look_up(missing)
-        if max_over_ranks([float(len(missing))], self.module.device)[0]:
-            self._fill(missing)
+        drawn = [row for row in missing if not row.info.get("generated")]
+        some, ahead = max_over_ranks([float(len(missing)), float(len(drawn))], self.module.device)
+        if some:
+            self._fill(missing, ahead=ahead > 0)
             assert not self._look_up(missing)
 
     def _look_up(self, rows: Iterable[Row]) -> list[Row]:
@@ -150,19 +157,16 @@ class CachedReference(Reference):
                 row.info[LOGPROB] = float(known.sum(dtype="float64"))
         return missing
 
-    def _fill(self, missing: list[Row]) -> None:
+    def _fill(self, missing: list[Row], *, ahead: bool) -> None:
         """A pass of the reference; whole weights on every rank, so that ranks need not stay in step."""
         from tqdm import tqdm
 
-        generated = [[row] for row in missing if row.info.get("generated")]
-        loader = self.module.trainer.datamodule.upcoming()
         with self._whole() as policy, torch.no_grad():
-            self._compute(generated, policy)
-            if len(generated) == len(missing) > 0:
-                return
             self._compute([[row] for row in missing], policy)
-            bar = tqdm(loader, desc="reference log-probs", unit="batch", leave=False, delay=5, disable=None)
-            for batch in bar:
+            if not ahead:  # what is missing has only just been written by the policy
+                return
+            loader = self.module.trainer.datamodule.upcoming()
+            for batch in tqdm(loader, desc="reference log-probs", unit="batch", leave=False, delay=5, disable=None):
                 self._compute(batch.items, policy)
 
     def _compute(self, items: list[Item], policy: Policy) -> None:
@@ -190,14 +194,20 @@ class CachedReference(Reference):
 
 
 def make_reference(
-    module: Algorithm, kind: Kind | None, *, model: str | None = None, folder: str | None = None
+    module: Algorithm,
+    kind: Kind | None,
+    *,
+    model: str | None = None,
+    folder: str | None = None,
+    generated: bool = False,
 ) -> Reference:
     """The reference of an algorithm whose policy is built but not yet sharded.
 
     Args:
         module: the algorithm.
-        kind: None takes `adapters_off` where LoRA matrices are all that trains, else `cache`.
-        model, folder: as for the classes.
+        kind: None takes `cache` where a folder is given, `adapters_off` where LoRA matrices are all that trains, else
+            `online` for generated texts, which no cache can know beforehand, else `cache`.
+        model, folder: as for the classes. generated: whether texts are generated in training.
 
     Raises:
         ValueError: a setting that does not fit the kind.
@@ -205,19 +215,21 @@ def make_reference(
     trains = [name for name, p in module.policy.model.named_parameters() if p.requires_grad]
     only_lora = bool(trains) and all(is_lora(name) for name in trains)
     fits = only_lora and module.backbone.adapter is None and model is None
-    kind = kind or ("adapters_off" if fits else "cache")
-    if kind == "adapters_off":
-        if not fits:
-            cause = "a reference_model was given" if model else "it starts from an adapter"
-            cause = cause if only_lora else f"{next((n for n in trains if not is_lora(n)), 'nothing')} trains, too"
-            raise ValueError(
-                "model.reference is adapters_off, but the model without adapters is not the start of the run: "
-                f"{cause}; set model.reference to cache or online"
-            )
-        return AdaptersOffReference(module, None)
+    if kind is None and folder is None:
+        kind = "adapters_off" if fits else "online" if generated else "cache"
+    kind = kind or "cache"
     if folder is not None and kind != "cache":
         raise ValueError(f"model.reference_cache has no effect with model.reference {kind!r}: leave one of them out")
-    return CachedReference(module, model, folder) if kind == "cache" else OnlineReference(module, model)
+    if kind == "adapters_off" and not fits:
+        cause = "a reference_model was given" if model else "it starts from an adapter"
+        cause = cause if only_lora else f"{next((n for n in trains if not is_lora(n)), 'nothing')} trains, too"
+        raise ValueError(
+            "model.reference is adapters_off, but the model without adapters is not the start of the run: "
+            f"{cause}; set model.reference to cache or online"
+        )
+    if kind == "cache":
+        return CachedReference(module, model, folder)
+    return OnlineReference(module, model) if kind == "online" else AdaptersOffReference(module, None)
 
 
 def row_sums(policy: Policy, batch: ModelBatch) -> list[float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any, Literal
 
 import torch
@@ -10,6 +9,7 @@ import torch
 from lightning_vlm.algorithms.micro import Item
 from lightning_vlm.algorithms.pairs import PairAlgorithm, chosen_only
 from lightning_vlm.algorithms.totals import Micro, StepTotals
+from lightning_vlm.data.sources.base import hash_unit
 from lightning_vlm.losses.sft import sft
 from lightning_vlm.losses.sft_c import awake, constraint, smooth
 from lightning_vlm.models.batch import ModelBatch
@@ -103,39 +103,31 @@ class SFTC(PairAlgorithm):
         return counts, report | self._generated, step
 
     def _gradient(self, items: list[Item]) -> Result:
-        weight = self.smooth_weight if self.mode == "smooth" else self.constraint_weight
-        if weight == 0:
+        if (self.smooth_weight if self.mode == "smooth" else self.constraint_weight) == 0:
             return self._without_negatives(items)
         if self.mode == "smooth":
             return self.accumulate(items, self.losses, self.counts(items))
+        done = found = None
         if self.awake:
-            counts, report, step = self.accumulate(items, self.losses, self.counts(items))
-            self.awake = counts["constraint"] > 0 and awake(report["nll_rejected"], self.threshold)
-            if self.awake:
-                return counts, self._with_penalty(report), step
-            # Asleep after all: what was accumulated (and, where weights are sharded, reduced) is thrown away.
-            asleep = {"nll_rejected": report["nll_rejected"]} if counts["constraint"] else {}
-            counts, report, step = self._without_negatives(items)
-            return counts, self._with_penalty(report | asleep), step
-        if self.clock % self.lazy:
-            return self._without_negatives(items)
-        found = self._nll_of_negatives(items)
-        self.awake = found is not None and awake(found, self.threshold)
-        if self.awake:
-            counts, report, step = self.accumulate(items, self.losses, self.counts(items))
-        else:
-            counts, report, step = self._without_negatives(items)
-        return counts, self._with_penalty(report | ({} if found is None else {"nll_rejected": found})), step
+            done = self.accumulate(items, self.losses, self.counts(items))
+            found = done[1].pop("nll_rejected") if done[0]["constraint"] else None
+        elif self.clock % self.lazy == 0:
+            found = self._nll_of_negatives(items)
+        if found is not None:
+            self.awake = awake(found, self.threshold)
+        if not self.awake:  # what was accumulated (and, where weights are sharded, reduced) is thrown away
+            done = self._without_negatives(items)
+        elif done is None:
+            done = self.accumulate(items, self.losses, self.counts(items))
+        counts, report, step = done
+        return counts, self._with_penalty(report, found), step
 
     def _with_some_negatives(self, items: list[Item]) -> list[Item]:
         """Each item with its negative, or, by a draw keyed by (seed, step, id), without."""
         if self.negative_fraction == 1.0:
             return items
-        return [item if self._unit(item[0].id) < self.negative_fraction else item[:1] for item in items]
-
-    def _unit(self, id: str) -> float:
-        digest = hashlib.blake2b(f"{self.seed}\x1ffraction\x1f{self.clock}\x1f{id}".encode(), digest_size=8).digest()
-        return int.from_bytes(digest, "big") / 2**64
+        drawn = [hash_unit(self.seed, f"fraction/{self.clock}/{item[0].id}") for item in items]
+        return [item if u < self.negative_fraction else item[:1] for item, u in zip(items, drawn, strict=True)]
 
     def _without_negatives(self, items: list[Item]) -> Result:
         """SFT's own pass."""
@@ -157,13 +149,17 @@ class SFTC(PairAlgorithm):
         total, count = sum_over_ranks([float(total), count], self.device)
         return total / count if count else None
 
-    def _with_penalty(self, report: dict[str, float]) -> dict[str, float]:
-        """The penalty as the formula has it, λ·ReLU(C − NLL⁻), in place of the term that gives its gradient."""
-        penalty = 0.0
-        if "nll_rejected" in report:
-            penalty = self.constraint_weight * max(0.0, self.threshold - report["nll_rejected"])
-        loss = report["loss"] - report.get("constraint", 0.0) + penalty
-        return report | {"loss": loss, "constraint": penalty, "awake": float(self.awake)}
+    def _with_penalty(self, report: dict[str, float], found: float | None) -> dict[str, float]:
+        """The penalty as the formula has it, λ·ReLU(C − NLL⁻), in place of the term that gives its gradient.
+
+        Args:
+            report: of the step. found: NLL⁻, nats per token; None where the step did not look at negatives or had none.
+        """
+        nll = report["loss"] - report.get("constraint", 0.0)
+        penalty = 0.0 if found is None else self.constraint_weight * max(0.0, self.threshold - found)
+        report = report | {"loss": nll + penalty, "nll": nll, "constraint": penalty, "awake": float(self.awake)}
+        report.pop("nll_rejected", None)
+        return report | ({} if found is None else {"nll_rejected": found})
 
     def _is_negative(self, batch: ModelBatch) -> torch.Tensor:
         rejected = torch.tensor([row.name == "rejected" for row in batch.rows], device=batch.row_index.device)

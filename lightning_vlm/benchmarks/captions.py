@@ -6,6 +6,7 @@ from statistics import fmean
 
 from lightning_vlm.benchmarks.rule import Record, Rule, Summary, by_problem, shares
 from lightning_vlm.data.schema import Sample
+from lightning_vlm.metrics.exact import exact_match
 
 CAPTION_RULES = {
     "ptb": {"tokenizer": "ptb", "spice": False},
@@ -31,6 +32,24 @@ def grade_caption(output: str, sample: Sample) -> Record:
     if not references:
         raise ValueError(f"image {sample.id} has no reference caption to score against")
     return {"extraction": output, "gold": references, "score": 0.0}
+
+
+def grade_world_caption(output: str, sample: Sample) -> Record:
+    """As `grade_caption`; `exact` is 1 if the caption is one of the references, word for word.
+
+    Raises:
+        ValueError: a sample of another family of the embedded world.
+    """
+    if sample.info.get("family") != "caption":
+        raise ValueError(f"sample {sample.id} is no caption: set source.options.families to [caption]")
+    return grade_caption(output, sample) | {"exact": exact_match(output.strip(), sample.info["references"])}
+
+
+def summarise_world_captions(rule: Rule, records: list[Record]) -> Summary:
+    """As `summarise_captions` with the Python tokenizer; `exact`: share of captions that are one of the references."""
+    summary = summarise_captions(rule, records, tokenizer="python", spice=False)
+    columns = dict(summary.columns) | {"exact": [fmean(r["exact"] for r in draws) for draws in by_problem(records)]}
+    return Summary(summary.metrics | {"exact": fmean(columns["exact"])}, columns, summary.captions)
 
 
 def summarise_captions(rule: Rule, records: list[Record], *, tokenizer: str, spice: bool) -> Summary:

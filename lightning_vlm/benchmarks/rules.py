@@ -7,7 +7,14 @@ from functools import partial
 from statistics import fmean
 from typing import Any
 
-from lightning_vlm.benchmarks.captions import CAPTION_RULES, grade_caption, metric_names, summarise_captions
+from lightning_vlm.benchmarks.captions import (
+    CAPTION_RULES,
+    grade_caption,
+    grade_world_caption,
+    metric_names,
+    summarise_captions,
+    summarise_world_captions,
+)
 from lightning_vlm.benchmarks.rule import Groups, Record, Rule, Summary, by_problem, mean_summary
 from lightning_vlm.data.schema import Sample
 from lightning_vlm.metrics.choices import choose_option
@@ -230,6 +237,12 @@ RULES: dict[str, Rule] = {
             groups=world_groups,
             tracked=("family",),
             summarise=summarise_world,
+        ),
+        Rule(
+            name="world/captions",
+            grade=grade_world_caption,
+            summarise=summarise_world_captions,
+            names=(*metric_names("python", spice=False), "exact"),
         ),
         Rule(
             name="geometry3k/freeform",

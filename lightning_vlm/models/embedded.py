@@ -7,6 +7,7 @@ vocabulary of lower-case words, single digits, `\boxed{` and `}`. Names are `ARC
 |---|---|---|---|
 | `student` | width 64, 3 blocks | width 96, 3 blocks, 4 heads, 2 key/value heads | .5 M |
 | `teacher` | width 96, 4 blocks | width 160, 4 blocks, 4 heads, 2 key/value heads | 1.6 M |
+| `small` | width 32, 2 blocks | width 48, 2 blocks, 4 heads, 2 key/value heads | .1 M |
 | `tiny` (for tests) | width 32, 2 blocks | width 32, 2 blocks, 2 heads, 1 key/value head | .05 M |
 
 for the architectures `qwen2_5_vl` (8-pixel patches, merged 2 × 2) and `llava` (CLIP tower with 16-pixel patches,
@@ -78,6 +79,7 @@ class _Size:
 SIZES = {
     "student": _Size(64, 3, 4, 96, 3, 4, 2, 240, (3, 4, 5)),
     "teacher": _Size(96, 4, 4, 160, 4, 4, 2, 400, (6, 7, 7)),
+    "small": _Size(32, 2, 2, 48, 2, 4, 2, 120, (2, 2, 2)),
     "tiny": _Size(32, 2, 2, 32, 2, 2, 1, 64, (2, 3, 3)),
 }
 ARCHITECTURES = ("qwen2_5_vl", "llava")

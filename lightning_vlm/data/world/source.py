@@ -9,7 +9,7 @@ from random import Random
 from lightning_vlm.data.schema import Sample, image, message, text
 from lightning_vlm.data.world.captions import minimal_edit
 from lightning_vlm.data.world.families import FAMILIES, Question
-from lightning_vlm.data.world.scene import Scene, masks, patch_labels, picture
+from lightning_vlm.data.world.scene import GRID, Scene, masks, patch_labels, picture
 
 SPLITS: dict[str, tuple[str, ...]] = {
     "train": tuple(FAMILIES),
@@ -45,6 +45,8 @@ class WorldSource(Sequence[Sample]):
             source is read in order).
         questions_per_image: 1 or 2 samples in a row about each image.
         pairs: fill `Sample.rejected`: a caption with one word made false, or the answer derived from a misreading.
+        text_only: say in words what the picture shows, before the question, instead of showing it; captions only.
+        easy_pairs: share of the pairs whose rejected answer is that of another picture instead, which is easy to tell.
 
     Raises:
         ValueError: an unknown split or family, a family the split lacks, or a number out of range.
@@ -61,6 +63,8 @@ class WorldSource(Sequence[Sample]):
         chains_first: int = 0,
         questions_per_image: int = 2,
         pairs: bool = False,
+        easy_pairs: float = 0.0,
+        text_only: bool = False,
     ) -> None:
         if split not in SPLITS:
             raise ValueError(f"the world has no split {split!r}; choose one of {', '.join(SPLITS)}")
@@ -74,13 +78,20 @@ class WorldSource(Sequence[Sample]):
             raise ValueError(f"size is {size}; it must be at least 1")
         if not 0 <= direct_fraction <= 1:
             raise ValueError(f"direct_fraction is {direct_fraction}; it must lie between 0 and 1")
+        if not 0 <= easy_pairs <= 1 or (easy_pairs and not pairs):
+            raise ValueError(f"easy_pairs is {easy_pairs}; it must lie between 0 and 1, and needs pairs: true")
+        if text_only and self.families != ("caption",):
+            raise ValueError(
+                f"text_only needs families: [caption], got {list(self.families)}: others need their picture"
+            )
         if chains_first < 0:
             raise ValueError(f"chains_first is {chains_first}; it must be at least 0")
         if questions_per_image not in (1, 2):
             raise ValueError(f"questions_per_image is {questions_per_image}; choose 1 or 2")
         self.split, self.size, self.seed = split, size, seed
         self.direct_fraction, self.chains_first = direct_fraction, chains_first
-        self.questions_per_image, self.pairs = questions_per_image, pairs
+        self.questions_per_image, self.pairs, self.easy_pairs = questions_per_image, pairs, easy_pairs
+        self.text_only = text_only
 
     def __len__(self) -> int:
         return self.size
@@ -116,15 +127,36 @@ class WorldSource(Sequence[Sample]):
             gold, target = str(answer), _answer(steps, answer, direct)
             if self.pairs:
                 rejected, info["edit"] = _wrong_answer(question, answer, direct, style), "misreading"
+        if rejected is not None and style.random() < self.easy_pairs:
+            rejected, info["edit"] = self._of_another(family, target, question, direct, style), "another picture"
+        shown = [image(), text(question.text)]
+        if self.text_only:
+            shown = [text(f"{_in_words(scene)} {question.text}")]
         return Sample(
             id=f"world-{self.split}-{self.seed}-{index}",
-            messages=[message("user", image(), text(question.text)), message("assistant", text(target))],
-            images=[partial(picture, scene)],
+            messages=[message("user", *shown), message("assistant", text(target))],
+            images=[] if self.text_only else [partial(picture, scene)],
             rejected=rejected,
             answer=gold,
             source="world",
             info=info,
         )
+
+    def _of_another(self, family: str, target: str, question: Question, direct: bool, style: Random) -> str:
+        """The answer to a question about another picture, where it is not right about this one, too."""
+        while True:
+            (other, *_) = FAMILIES[family](style, self.split, 1)[1]
+            text = other.values[0] if family == "caption" else _answer(*other.solve(other.values), direct)
+            right = (
+                text in question.values if family == "caption" else text.rpartition("{")[2] == target.rpartition("{")[2]
+            )
+            if not right:
+                return text
+
+
+def _in_words(scene: Scene) -> str:
+    """Each figure with its row and column: `red circle 0 2, blue square 3 1.`."""
+    return ", ".join(f"{f.name} {f.cell // GRID} {f.cell % GRID}" for f in scene.figures) + "."
 
 
 def _answer(steps: str, answer: int, direct: bool) -> str:
