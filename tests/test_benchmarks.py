@@ -274,6 +274,18 @@ def test_several_captions_give_mean_and_oracle():
     assert metrics["CIDEr"] == pytest.approx((scores[0] + scores[2]) / 2)
 
 
+def test_captions_of_the_world_count_exact_ones_too():
+    """Two pictures, one captioned by one of its references, one not."""
+    rule, pictures = RULES["world/captions"], WorldSource(size=2, families=["caption"], questions_per_image=1)
+    texts = [pictures[0].info["references"][3], "a red circle."]
+    records = [{"id": s.id, "sample": 0, **rule.record(t, s)} for s, t in zip(pictures, texts, strict=True)]
+    summary = rule.summary(records)
+    assert summary.metrics["exact"] == 0.5 and summary.metrics["CIDEr"] > 0
+    assert summary.metrics.keys() <= set(rule.names) and "exact" in summary.intervals()
+    with pytest.raises(ValueError, match=r"no caption: set source\.options\.families"):
+        rule.record("", WorldSource(size=1, families=["count"])[0])
+
+
 def test_an_image_without_references_is_an_error():
     with pytest.raises(ValueError, match="image a has no reference caption"):
         captions("a cube", references=[" "])

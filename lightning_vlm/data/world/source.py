@@ -155,8 +155,8 @@ class WorldSource(Sequence[Sample]):
 
 
 def _in_words(scene: Scene) -> str:
-    """Each figure with its row and column: `red circle 0 2, blue square 3 1.`."""
-    return ", ".join(f"{f.name} {f.cell // GRID} {f.cell % GRID}" for f in scene.figures) + "."
+    """Each figure with its row and column: `red circle at 0: 2, blue square at 3: 1.`."""
+    return ", ".join(f"{f.name} at {f.cell // GRID}: {f.cell % GRID}" for f in scene.figures) + "."
 
 
 def _answer(steps: str, answer: int, direct: bool) -> str:
