@@ -129,6 +129,8 @@ class LearningDynamics(Evaluations):
         if trainer.is_global_zero:
             for name in (RECORDS, SUMMARY):
                 keep_lines(folder / name, -1 if last is None else last)
+        if self.distributions:
+            self.probe.start = StartDistributions(keep_head=trainer.is_global_zero)
         if last is not None:
             self._take_up(trainer, folder, last)
         if trainer.datamodule.due(self.probe):
@@ -139,17 +141,18 @@ class LearningDynamics(Evaluations):
     def _take_up(self, trainer: Trainer, folder: Path, last: int) -> None:
         """Remember the start and the last probe of the run that is resumed."""
         if self.distributions:
-            self.probe.start = StartDistributions()
             self.probe.start.open(folder)
-        if not trainer.is_global_zero:
-            return
-        lines = read_lines(folder / RECORDS)
-        for step, kept in ((0, self.probe.first), (last, self.probe.last)):
-            kept.update({line["id"]: line for line in lines if line["step"] == step})
-            if not kept:
-                raise ValueError(
-                    f"{folder / RECORDS} has no line of step {step}, with which a resumed run compares; start a new run"
-                )
+        missing = None
+        if trainer.is_global_zero:
+            lines = read_lines(folder / RECORDS)
+            for step, kept in ((0, self.probe.first), (last, self.probe.last)):
+                kept.update({line["id"]: line for line in lines if line["step"] == step})
+                missing = step if missing is None and not kept else missing
+        missing = trainer.strategy.broadcast(missing)  # ranks must not wait for one that gave up
+        if missing is not None:
+            raise ValueError(
+                f"{folder / RECORDS} has no line of step {missing}, with which a resumed run compares; start a new run"
+            )
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write down the probe that just ran."""

@@ -24,6 +24,14 @@ def real_data() -> Path:
     return Path(path)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory) -> Path:
+    """The folder of stores for all tests, so that none reads or writes the user's."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["LVLM_CACHE"] = str(folder)
+    return folder
+
+
 @pytest.fixture
 def hub_cache(tmp_path, monkeypatch):
     import datasets
@@ -63,6 +71,7 @@ def run_scenarios(specs: list[dict], folder: Path, *, processes: int = 1, timeou
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.runs.scenarios"])
     env = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "HF_HUB_OFFLINE": "1"}
+    env["LVLM_CACHE"] = os.environ["LVLM_CACHE"]
     if processes > 1:
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
         env |= {"LOCAL_WORLD_SIZE": str(processes), "TORCHELASTIC_RUN_ID": "tests", "GROUP_RANK": "0"}

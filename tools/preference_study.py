@@ -127,7 +127,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         *("dpo, hopeless < -5 left out", "cw-dpo, hopeless < -5 left out"),
         *("sft-c after sft", "dpo after sft-c", "cw-dpo after sft-c"),
     ),
-    "negatives": ("cw-dpo", *(f"cw-dpo, {name}" for name in SOURCES), "dpo", *(f"dpo, {name}" for name in SOURCES)),
+    "negatives": ("dpo", "dpo, edits", "dpo, on-policy", "cw-dpo", *(f"cw-dpo, {name}" for name in SOURCES)),
     "width": tuple(f"{arm}{size}" for size in (" .1M", "", " 1.6M") for arm in ("sft", "dpo", "cw-dpo")),
     "text": ("sft text", "dpo text", "cw-dpo text"),
 }

@@ -227,9 +227,9 @@ class DPO(PairAlgorithm):
 
 def with_loss_shares(report: dict[str, float]) -> dict[str, float]:
     """The report with `loss_share/<group>`, the part of the summed loss that each group of pairs has."""
-    parts = {name[6:]: share * report[f"loss/{name[6:]}"] for name, share in report.items() if name[:6] == "share/"}
-    whole: dict[str, float] = {}
+    groups = [name.removeprefix("share/") for name in report if name.startswith("share/")]
+    parts = {group: report[f"share/{group}"] * report[f"loss/{group}"] for group in groups}
     for group, part in parts.items():
-        whole[group.split("/")[0]] = whole.get(group.split("/")[0], 0.0) + part
-    shares = {group: part / whole[group.split("/")[0]] if part else 0.0 for group, part in parts.items()}
-    return report | {f"loss_share/{group}": share for group, share in shares.items()}
+        whole = sum(other for name, other in parts.items() if name.split("/")[0] == group.split("/")[0])
+        report[f"loss_share/{group}"] = part / whole if whole else 0.0
+    return report

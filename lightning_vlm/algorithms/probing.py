@@ -30,9 +30,13 @@ class StartDistributions:
     A distribution is kept as the hidden state that the head turns into it: per sample [tokens, D], and once the head's
     weight [V, D], on the CPU in the dtype they had. They are collected on each rank and written to one file, from which
     every rank reads, in this run and when it is resumed.
+
+    Args:
+        keep_head: whether this rank keeps the head's weight, which all ranks have; the first one does.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, keep_head: bool) -> None:
+        self._keep_head = keep_head
         self._hidden: dict[str, Tensor] = {}
         self._weight: Tensor | None = None
         self._file: Any = None
@@ -47,10 +51,10 @@ class StartDistributions:
         """Collect a sample on this rank.
 
         Args:
-            id: of the sample. hidden: [tokens, D]. weight: [V, D], the same for all.
+            id: of the sample. hidden: [tokens, D]. weight: [V, D], the same for all samples.
         """
         self._hidden[f"hidden/{id}"] = hidden.detach().to("cpu", copy=True)
-        if self._weight is None:
+        if self._keep_head and self._weight is None:
             self._weight = weight.detach().to("cpu", copy=True)
 
     def write(self, folder: Path, *, rank: int, world: int, barrier: Callable[[], Any]) -> None:
@@ -62,7 +66,7 @@ class StartDistributions:
         """
         folder.mkdir(parents=True, exist_ok=True)
         parts = [folder / f".start-{other}.safetensors" for other in range(world)]
-        save_file(self._hidden | ({"weight": self._weight} if rank == 0 else {}), parts[rank])
+        save_file(self._hidden | ({"weight": self._weight} if self._keep_head else {}), parts[rank])
         barrier()
         if rank == 0:
             tensors = {}
@@ -130,8 +134,6 @@ class Prober:
     ) -> None:
         self.probe, self.policy, self.engine = probe, policy, engine
         self.micro_batches, self.keys = micro_batches, keys
-        if probe.distributions and probe.start is None:
-            probe.start = StartDistributions()
         self._start_weight: Tensor | None = None
 
     @torch.no_grad()
@@ -149,7 +151,7 @@ class Prober:
         labels = self.policy.labels(batch)
         scores = token_scores(*head, labels)
         lengths = [row.scored for row in batch.rows]
-        for row, logprobs in zip(batch.rows, scores.logprobs.split(lengths), strict=True):
+        for row, logprobs in zip(batch.rows, _on_host(scores.logprobs).split(lengths), strict=True):
             found[row.id] |= {row.name: float(logprobs.mean()), f"{row.name}_tokens": len(logprobs)}
         chosen = [row for row in batch.rows if row.name == "chosen"]
         along = torch.tensor([row.name == "chosen" for row in batch.rows]).repeat_interleave(torch.tensor(lengths))
@@ -164,19 +166,20 @@ class Prober:
         }
         lengths = [row.scored for row in chosen]
         for name, values in columns.items():
-            for row, own in zip(chosen, values.split(lengths), strict=True):
+            for row, own in zip(chosen, _on_host(values).split(lengths), strict=True):
                 found[row.id][name] = own.tolist() if name == "correct" else float(own.mean())
                 if name == "top1":
                     found[row.id]["confidences"] = own.tolist()
 
     def _divergences(self, rows: list[Row], now: HeadInput) -> dict[str, Tensor]:
-        """TV and JS of each chosen token to the start; exactly 0 at the start itself, which is kept."""
+        """TV and JS of each chosen token to the start; exactly 0 at the start itself, which is collected."""
         start = self.probe.start
         if not self.probe.distributions:
             return {}
-        if not start.complete:
+        if start is None or not start.complete:
             for row, hidden in zip(rows, now.hidden.split([row.scored for row in rows]), strict=True):
-                start.add(row.id, hidden, now.weight)
+                if start is not None:  # there is none while training has not begun (Lightning's sanity check)
+                    start.add(row.id, hidden, now.weight)
             zero = torch.zeros(len(now.hidden))
             return {"tv": zero, "js": zero}
         device = now.hidden.device
@@ -198,6 +201,11 @@ class Prober:
         for row, (answer,), verdict in zip(prompts, answers, graded, strict=True):
             confidence = min(1.0, math.exp(math.fsum(answer.logprobs)))
             found[row.id] |= {"output": answer.text, "confidence": confidence, "score": float(verdict["score"])}
+
+
+def _on_host(values: Tensor) -> Tensor:
+    """In float64 on the CPU, where taking single numbers does not wait for a device."""
+    return values.detach().double().cpu()
 
 
 def _prompt(row: Row) -> Row:

@@ -63,19 +63,13 @@ class Reference:
         """The reference as a model of its own, frozen, whole, on the CPU.
 
         Raises:
-            ValueError: a tokenizer, or an architecture, other than the policy's.
+            ValueError: a tokenizer or processor other than the policy's.
         """
         module, backbone = self.module, self.module.backbone
         if self.model is not None:
             backbone = replace(backbone, path=self.model, adapter=None)
-            check_same_tokens(self.model, load_processor(backbone), module.processor)
-        policy = module.build_policy(backbone).requires_grad_(False).eval()
-        if policy.family.name != module.policy.family.name:
-            raise ValueError(
-                f"model.reference_model {self.model!r} is a {policy.family.name}, backbone.path a "
-                f"{module.policy.family.name}: they look at other pixels; take a reference of the same architecture"
-            )
-        return policy
+            check_same_inputs(self.model, load_processor(backbone), module.processor)
+        return module.build_policy(backbone).requires_grad_(False).eval()
 
 
 class OnlineReference(Reference):
@@ -162,12 +156,14 @@ class CachedReference(Reference):
         from tqdm import tqdm
 
         with self._whole() as policy, torch.no_grad():
+            if ahead:
+                loader = self.module.trainer.datamodule.upcoming()
+                bar = tqdm(loader, desc="reference log-probs", unit="batch", leave=False, delay=5, disable=None)
+                for batch in bar:
+                    self._compute(batch.items, policy)
+                max_over_ranks([0.0], self.module.device)  # all have written theirs
+                self.store.refresh()
             self._compute([[row] for row in missing], policy)
-            if not ahead:  # what is missing has only just been written by the policy
-                return
-            loader = self.module.trainer.datamodule.upcoming()
-            for batch in tqdm(loader, desc="reference log-probs", unit="batch", leave=False, delay=5, disable=None):
-                self._compute(batch.items, policy)
 
     def _compute(self, items: list[Item], policy: Policy) -> None:
         module = self.module
@@ -238,11 +234,11 @@ def row_sums(policy: Policy, batch: ModelBatch) -> list[float]:
     return scores.per_row(scores.logprobs, len(batch.rows)).tolist()
 
 
-def check_same_tokens(path: str, processor: Any, own: Any) -> None:
-    """Refuse a reference that writes with other tokens than the policy.
+def check_same_inputs(path: str, processor: Any, own: Any) -> None:
+    """Refuse a reference that reads other tokens or other pixels than the policy, whose rows it is shown.
 
     Raises:
-        ValueError: the tokenizers differ.
+        ValueError: the tokenizers, or the kinds of processor, differ.
     """
     theirs, ours = processor.tokenizer.get_vocab(), own.tokenizer.get_vocab()
     if theirs != ours:
@@ -251,6 +247,12 @@ def check_same_tokens(path: str, processor: Any, own: Any) -> None:
             f"model.reference_model {path!r} has another vocabulary than backbone.path ({len(theirs)} and {len(ours)} "
             f"tokens, first difference {odd[0][0]!r}): log-probs of other tokens cannot be compared; take a reference "
             "of the same tokenizer"
+        )
+    kinds = [type(p.hf).__name__ for p in (processor, own)]
+    if kinds[0] != kinds[1]:
+        raise ValueError(
+            f"model.reference_model {path!r} has a {kinds[0]}, backbone.path a {kinds[1]}: they look at other pixels; "
+            "take a reference of the same architecture"
         )
 
 

@@ -78,7 +78,7 @@ class Probe:
         rule: grades greedy answers; None asks for none.
         max_new_tokens: longest greedy answer.
         distributions: whether TV and JS to the start are measured.
-        start: where the start's distributions are kept; None until they are.
+        start: where the start's distributions are collected and kept; None until training begins.
         first: sample id → record at the start, on the first rank. last: likewise, of the probe before.
     """
 
@@ -169,6 +169,9 @@ class Probe:
         columns = {name: values for name in sorted(self.metric_names) if (values := _column(records, name))}
         curves = {"tokens": _reliability(confidences, correct)}
         metrics = {name: fmean(values) for name, values in columns.items()}
+        columns = {
+            name: values for name, values in columns.items() if not name.endswith("_since_last")
+        }  # for intervals
         metrics |= {"ece": curves["tokens"].error, "n": float(len(records)), "tokens": float(len(confidences))}
         if asked := [record for record in records if "score" in record]:
             columns["answer_accuracy"] = _column(asked, "score")

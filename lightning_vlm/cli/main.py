@@ -29,7 +29,7 @@ COMMANDS = {
     "compare": ("lightning_vlm.cli.compare", "compare runs by per-example files, with paired statistics: A B ..."),
     "pairs": (
         "lightning_vlm.cli.pairs",
-        "make a preference file from a model's answers, edits or given negatives: --data KIND=PATH --out FILE",
+        "write preference pairs from answers, edited captions or given negatives: --data DATA --out FILE",
     ),
     "influence": (
         "lightning_vlm.cli.influence",

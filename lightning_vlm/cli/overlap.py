@@ -112,7 +112,7 @@ def opened_sources(argument: str, *, side: str, limit: int | None = None) -> lis
     """
     sources = []
     try:
-        for spec in _specs(argument, side):
+        for spec in named_specs(argument, side):
             if spec.kind in KINDS and "instruction" in KINDS[spec.kind].uses:
                 spec = replace(spec, instruction="")  # it is the same for all samples, and no part of the question
             if limit is not None:
@@ -123,7 +123,7 @@ def opened_sources(argument: str, *, side: str, limit: int | None = None) -> lis
     return sources
 
 
-def _specs(argument: str, side: str) -> list[SourceSpec]:
+def named_specs(argument: str, side: str) -> list[SourceSpec]:
     if argument.endswith((".yaml", ".yml")):
         return _from_yaml(argument, side)
     kind, given, rest = argument.partition("=")

@@ -102,11 +102,27 @@ class Encoder:
         """The conversation with its own last text (`chosen`) and with the rejected one; only that text is scored.
 
         Raises:
-            BadSample: it cannot be used as it is; says why.
+            BadSample: it cannot be used as it is; says why. Two texts that are the same, or of which `truncate` leaves
+                the same, are `equal_answers`.
         """
-        if sample.rejected is None:
-            raise BadSample(sample.id, "missing_column", "has no `rejected` text, which a preference pair needs")
-        return self.encode_answers(sample, {"chosen": sample.chosen(), "rejected": sample.rejected})
+        chosen, rejected = sample.chosen(), sample.rejected
+        for name, answer in (("chosen", chosen), ("rejected", rejected)):
+            if answer is None:
+                raise BadSample(sample.id, "missing_column", f"has no `{name}` text, which a preference pair needs")
+        if chosen.strip() and chosen.strip() == rejected.strip():
+            raise BadSample(
+                sample.id,
+                "equal_answers",
+                f"chosen and rejected are the same text ({chosen.strip()[:40]!r}): there is no preference to learn",
+            )
+        rows = self.encode_answers(sample, {"chosen": chosen, "rejected": rejected})
+        if rows[0].input_ids.tolist() == rows[1].input_ids.tolist():
+            raise BadSample(
+                sample.id,
+                "equal_answers",
+                f"chosen and rejected differ only behind max_length {self.max_length}, where they are cut: raise it",
+            )
+        return rows
 
     def encode_answer(self, sample: Sample) -> list[Row]:
         """The conversation with only its last assistant text scored, which negatives are yet to be found for.
@@ -124,23 +140,26 @@ class Encoder:
             answers: name of the row → text of the answer.
 
         Raises:
-            BadSample: it cannot be used as it is; says why.
+            BadSample: it cannot be used as it is; says why, and which answer is empty or too long.
         """
-        for answer in answers.values():
-            self._check_answer(sample, answer)
+        for name, answer in answers.items():
+            self._check_answer(sample, answer, f"the {name} answer")
         images, rows = self._images(sample), []
         for name, answer in answers.items():
             tokens = self._tokens(sample, [*sample.prompt(), message("assistant", text(answer))], images)
-            rows.append(self._row(sample, tokens, images, name=name, scored=tokens.answers[-1:]))
+            try:
+                rows.append(self._row(sample, tokens, images, name=name, scored=tokens.answers[-1:]))
+            except BadSample as bad:
+                raise BadSample(bad.id, bad.reason, f"with the {name} answer: {bad.detail}") from bad
         return rows
 
     # --- checks ------------------------------------------------------------------------------------------------------
 
-    def _check_answer(self, sample: Sample, answer: str | None) -> None:
+    def _check_answer(self, sample: Sample, answer: str | None, which: str = "the answer") -> None:
         if answer is None:
             raise BadSample(sample.id, "empty_answer", "does not end with an assistant message: nothing to learn")
         if not answer.strip():
-            raise BadSample(sample.id, "empty_answer", f"the answer is empty ({answer!r})")
+            raise BadSample(sample.id, "empty_answer", f"{which} is empty ({answer!r})")
 
     def _check(self, id: str, messages: Sequence[Message], images: int) -> list[Message]:
         """The messages with each assistant text in one part; refuses what the schema or the template cannot hold."""

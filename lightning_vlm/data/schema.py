@@ -16,7 +16,7 @@ class BadSample(ValueError):
         id: the sample's id.
         reason: short machine-readable kind by which skipped samples are counted: `missing_image`, `broken_image`,
             `placeholder_mismatch`, `truncated_image`, `video`, `unknown_part`, `control_token`, `template`,
-            `tokenizer`, `empty_answer`, `too_long`, `missing_column`, `malformed`.
+            `tokenizer`, `empty_answer`, `equal_answers`, `too_long`, `missing_column`, `malformed`.
     """
 
     def __init__(self, id: str, reason: str, detail: str) -> None:

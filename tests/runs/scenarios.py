@@ -16,11 +16,14 @@ import lightning as L
 import torch
 
 import lightning_vlm.losses.kernel as kernel
+from callbacks.alarms import EntropyFloor
 from callbacks.bad_samples import BadSamples
 from callbacks.benchmarks import Benchmarks
 from callbacks.checkpoint import Checkpoint, last_checkpoint
+from callbacks.dynamics import LearningDynamics
 from lightning_vlm import algorithms
 from lightning_vlm.algorithms import SFT
+from lightning_vlm.algorithms.negatives import Negatives
 from lightning_vlm.algorithms.totals import Micro
 from lightning_vlm.benchmarks import Benchmark, BenchmarkSpec
 from lightning_vlm.data.module import VLMData
@@ -52,33 +55,45 @@ def algorithm_class(name: str) -> type:
 
 
 class Record(L.Callback):
-    """Keeps each step's loss, and the first step's gradients, whole on every rank."""
+    """What each optimizer step reported and learned from; the first and the last step's gradients, whole."""
 
     def __init__(self, kill_at: int | None) -> None:
         self.kill_at = kill_at
-        self.losses: list[float] = []
+        self.steps: list[dict[str, float]] = []
+        self.rows: list[list[tuple]] = []
         self.gradients: dict[str, torch.Tensor] = {}
+        self.last_gradients: dict[str, torch.Tensor] = {}
 
     def on_fit_start(self, trainer, module) -> None:
-        original = module._apply_gradients
+        accumulate, apply_gradients, report = module.accumulate, module._apply_gradients, module._report
 
-        def keep(optimizer):
-            norms = original(optimizer)
-            if not self.gradients:
-                work = optimizer.optimizer.work
-                for name, p in module.policy.model.named_parameters():
-                    if p in work:
-                        self.gradients[name] = whole(work[p].grad).clone()
+        def note_rows(items, *args):
+            if len(self.rows) == len(self.steps):  # a step may make a second pass
+                self.rows.append([facts(row) for item in items for row in item])
+            return accumulate(items, *args)
+
+        def note_gradients(optimizer):
+            norms = apply_gradients(optimizer)
+            work, named = optimizer.optimizer.work, module.policy.model.named_parameters()
+            self.last_gradients = {name: whole(work[p].grad).clone() for name, p in named if p in work}
+            self.gradients = self.gradients or self.last_gradients
             return norms
 
-        module._apply_gradients = keep
+        def note_report(*args):
+            report(*args)
+            self.steps.append(module.last_step["metrics"])
+
+        module.accumulate, module._apply_gradients, module._report = note_rows, note_gradients, note_report
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
         if self.kill_at is not None and module.clock == self.kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
-        self.losses.append(module.last_step["metrics"]["train/loss"])
+
+def facts(row) -> tuple:
+    """Id, name, kind of a generated negative, scored ids, and the reference's log-prob of them."""
+    ids = tuple(row.input_ids[row.loss_mask].tolist())
+    return row.id, row.name, row.info.get("negative"), ids, row.info.get("reference_logprob")
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -95,17 +110,23 @@ def over_ranks(value: Any) -> list[Any]:
     return values
 
 
-def source(spec: dict[str, Any]) -> SourceSpec:
-    """The scenario's JSONL, or the embedded world."""
-    if "world" in spec:
-        return SourceSpec(kind="world", split="train", options=spec["world"])
-    return SourceSpec(kind="messages", path=spec["data"])
+def sources(spec: dict[str, Any]) -> dict[str, SourceSpec]:
+    """The scenario's JSONL, or the embedded world, once or under several names."""
+    worlds = spec.get("worlds", {"train": spec["world"]} if "world" in spec else {})
+    named = {name: SourceSpec(kind="world", split="train", options=options) for name, options in worlds.items()}
+    return named or {"train": SourceSpec(kind="messages", path=spec["data"])}
 
 
 def benchmark(options: dict[str, Any]) -> BenchmarkSpec:
     """World questions answered by sampling, so that draws, too, must not depend on ranks."""
     world = SourceSpec(kind="world", split="val", options=options)
     return BenchmarkSpec(source=world, every=1, temperature=1.0, n=2, max_new_tokens=6)
+
+
+def probe(options: dict[str, Any]) -> LearningDynamics:
+    """Pairs of the world, followed every second step; answers to its questions graded."""
+    world = SourceSpec(kind="world", split="val", options={**options, "pairs": True})
+    return LearningDynamics(source=world, every=2, draw_every=0, answer_rule="own", max_new_tokens=4)
 
 
 def unscorable(benchmark: Benchmark, records: list[dict[str, Any]]):
@@ -116,19 +137,24 @@ def unscorable(benchmark: Benchmark, records: list[dict[str, Any]]):
 def run(spec: dict[str, Any], world: int) -> dict[str, Any]:
     """One scenario.
 
-    Keys: `model`, `data` JSONL or `world` options, `dtype`, `algorithm` class name, `strategy` (auto | ddp | fsdp2),
-    `mixed_precision`, `precision`, `steps`, `batch_size`, `settings` of the algorithm, `chunk_bytes`, `shuffle`,
-    `run_dir`, `checkpoint`, `resume` ("last"), `kill_at`, `workers`, `on_bad_sample`, `benchmark` (options of the world
-    it asks about), `unscorable` (its scoring fails).
+    Keys: `model`, `data` JSONL, `world` options or `worlds` (options by name), `dtype`, `algorithm` class name,
+    `strategy` (auto | ddp | fsdp2), `mixed_precision`, `precision`, `steps`, `batch_size`, `settings` of the algorithm,
+    `chunk_bytes`, `shuffle`, `run_dir`, `checkpoint`, `resume` ("last"), `kill_at`, `workers`, `on_bad_sample`,
+    `benchmark` (options of the world it asks about), `unscorable` (its scoring fails), `probe` (options of the world it
+    follows), `alarm` (lowers the learning rate at the first probe), `cache` (folder of stores), `refused` (the record
+    is a ValueError).
     """
+    os.environ["LVLM_CACHE"] = spec.get("cache", os.environ["LVLM_CACHE"])
     kernel.CHUNK_BYTES = spec.get("chunk_bytes", kernel.CHUNK_BYTES)
     backbone = Backbone(path=spec["model"], dtype=spec.get("dtype", "float64"))
     settings = dict(spec.get("settings", {}))
     settings["parts"] = {part: PartPolicy(**policy) for part, policy in settings.get("parts", {}).items()}
+    if "negatives" in settings:
+        settings["negatives"] = Negatives(**settings["negatives"])
     module = algorithm_class(spec.get("algorithm", "SFT"))(backbone=backbone, **settings)
     data = VLMData(
         backbone=backbone,
-        train={"train": source(spec)},
+        train=sources(spec),
         batch_size=spec.get("batch_size", 8),
         workers=spec.get("workers", 0),
         shuffle=spec.get("shuffle", True),
@@ -141,6 +167,10 @@ def run(spec: dict[str, Any], world: int) -> dict[str, Any]:
         callbacks.append(Checkpoint(every=1))
     if "benchmark" in spec:
         callbacks.append(Benchmarks(benchmarks={"world": benchmark(spec["benchmark"])}))
+    if "probe" in spec:
+        callbacks.append(probe(spec["probe"]))
+    if spec.get("alarm", False):
+        callbacks.append(EntropyFloor(floor=100.0, patience=1, action="lower_lr", factor=0.5))
     if spec.get("unscorable", False):
         Benchmark.summary = unscorable
     strategy = spec.get("strategy", "auto")
@@ -166,19 +196,37 @@ def run(spec: dict[str, Any], world: int) -> dict[str, Any]:
     weights = {name: whole(p.data).clone() for name, p in module.policy.model.named_parameters()}
     return {
         "records": module.records,
-        "losses": record.losses,
+        "losses": [step["train/loss"] for step in record.steps],
+        "steps": record.steps,
+        "rows": over_ranks(record.rows),
+        "computed": sum(over_ranks(getattr(getattr(module, "reference", None), "computed", 0))),
         "gradients": record.gradients,
+        "last_gradients": record.last_gradients,
         "weights": weights,
         "metrics": module.last_step["metrics"],
         "evaluated": over_ranks({k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}),
     }
 
 
+def attempt(spec: dict[str, Any], world: int) -> dict[str, Any]:
+    """`run`, or what it was refused for, where that is expected."""
+    cache = os.environ["LVLM_CACHE"]
+    try:
+        return run(spec, world)
+    except Exception as error:
+        if spec.get("refused", False) and isinstance(error, ValueError):
+            return {"error": str(error)}
+        error.add_note(f"in scenario {spec['name']}")
+        raise
+    finally:
+        os.environ["LVLM_CACHE"] = cache
+
+
 def main(spec_file: str, out: str) -> None:
     """Run all scenarios of a spec file; rank 0 writes their records."""
     torch.set_num_threads(1)
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    records = {spec["name"]: run(spec, world) for spec in json.loads(Path(spec_file).read_text())}
+    records = {spec["name"]: attempt(spec, world) for spec in json.loads(Path(spec_file).read_text())}
     if int(os.environ.get("RANK", "0")) == 0:
         torch.save(records, out)
 
