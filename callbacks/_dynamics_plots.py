@@ -130,7 +130,8 @@ def _calibration(figure: Figure, lines: Sequence[Line]) -> None:
             _curve(over_steps, lines, name, name)
     _axis(over_steps, "expected calibration error, 15 bins", "fraction")
     _from_zero(over_steps)
-    over_steps.legend(framealpha=0.7, edgecolor="none")
+    if len(kinds) > 1:
+        over_steps.legend(framealpha=0.7, edgecolor="none")
     words = {"tokens": "top token along the chosen", "answers": "greedy answer"}
     for axes, kind in zip(diagrams, kinds, strict=True):
         axes.plot([0, 1], [0, 1], color=_GREY, linewidth=0.8, label="perfect calibration")
@@ -146,7 +147,8 @@ def _calibration(figure: Figure, lines: Sequence[Line]) -> None:
         axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), xlabel="confidence", ylabel="share that is right")
         axes.set_title(f"{words[kind]} (area: how many)", fontsize=10)
         axes.grid(alpha=0.25)
-        axes.legend(loc="upper left", framealpha=0.7, edgecolor="none")
+    handles, labels = diagrams[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower right", ncols=3, frameon=False)
 
 
 def _preference(figure: Figure, lines: Sequence[Line]) -> None:

@@ -128,13 +128,15 @@ class StopAt(L.Callback):
         trainer.should_stop = pl_module.clock == 3
 
 
-@pytest.mark.parametrize(("name", "wrong"), [("records.jsonl", "no line of step 0"), ("start.safetensors", "missing")])
+@pytest.mark.parametrize(
+    ("name", "wrong"), [("records.jsonl", "no line of step 0"), ("start.safetensors", "start.safetensors is missing")]
+)
 def test_a_run_cannot_be_resumed_without_its_start(whole, tmp_path, name, wrong):
     shutil.copytree(whole / "cut", tmp_path / "run")
     (tmp_path / "run" / "probes" / "probe" / name).unlink()
     spec = SPEC | {"name": "cut", "run_dir": str(tmp_path / "run"), "dtype": "float32", "checkpoint": True}
     done = run_scenarios([spec | {"resume": "last", "steps": 6}], tmp_path)
-    assert done.returncode == 1 and wrong in done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 1 and wrong in done.stderr
 
 
 def test_without_distributions_nothing_is_kept(tmp_path):

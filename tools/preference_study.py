@@ -28,7 +28,7 @@ from rich.progress import Progress
 
 from lightning_vlm.metrics.statistics import mean_interval
 
-RULE = ("--model.negatives.rule", "world/captions")
+RULE = ("--model.negatives.rule", "world/exact", "--model.negatives.max_new_tokens", "32")
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ ARMS: dict[str, Arm] = {
     "dpo after sft-c": DPO.but(start="sft-c after sft"),
     "cw-dpo after sft-c": CW.but(start="sft-c after sft"),
     **{f"cw-dpo, {name}": CW.but(*settings) for name, settings in SOURCES.items()},
-    **{f"dpo, {name}": DPO.but(*settings) for name, settings in SOURCES.items()},
+    **{f"dpo, {name}": DPO.but(*SOURCES[name]) for name in ("edits", "on-policy")},
     **{
         f"{arm} {size}": ARM.but(*model, start=None if ARM.start is None else f"{ARM.start} {size}")
         for size, model in ((".1M", SMALL), ("1.6M", LARGE))

@@ -58,6 +58,11 @@ class Negatives:
             )
         if self.rule is not None and self.rule not in RULES:
             raise ValueError(f"model.negatives: unknown rule {self.rule!r}{one_of(self.rule, RULES)}")
+        if self.rule is not None and RULES[self.rule].of_a_set:
+            raise ValueError(
+                f"model.negatives: rule {self.rule!r} scores a set of captions, not single answers; take another, "
+                "such as world/exact or answer/short"
+            )
         if self.generated and self.rule is None:
             raise ValueError(
                 "model.negatives: generated answers must be judged; set model.negatives.rule, for example world/exact"

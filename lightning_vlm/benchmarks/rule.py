@@ -76,6 +76,11 @@ class Rule:
     names: tuple[str, ...] = ()
     symbolic: bool = False
 
+    @property
+    def of_a_set(self) -> bool:
+        """Whether answers are scored together, by `summarise`, so that `grade` says nothing of a single one."""
+        return bool(self.names)
+
     def record(self, output: str, sample: Sample) -> Record:
         """All fields this rule adds to the record of one answer."""
         groups = self.groups(sample)

@@ -245,7 +245,7 @@ class Answers(Given):
     def __init__(
         self, files: Sequence[Path], *, rule: Rule, chosen: str, rejected: str, jobs: int | None, **more: Any
     ) -> None:
-        if rule.names:  # summed up over a corpus
+        if rule.of_a_set:
             raise ValueError(
                 f"--rule {rule.name} scores a set of captions, not single answers: give such answers by --negatives"
             )

@@ -111,8 +111,9 @@ class VLMData(L.LightningDataModule):
         fit_loop = self.trainer.fit_loop
         if fit_loop.max_steps == -1 and fit_loop.max_epochs not in (None, -1):
             module = self.trainer.lightning_module
-            per_epoch = -(-len(self.train_samples) // (self.batch_size * module.steps_loaded))
-            steps = fit_loop.max_epochs * per_epoch * module.steps_per_batch
+            # Steps with samples of their own, each of which may feed several.
+            per_epoch = -(-len(self.train_samples) // self.batch_size)
+            steps = fit_loop.max_epochs * per_epoch * (module.steps_per_batch // module.steps_loaded)
             fit_loop.epoch_loop.max_steps = steps
         fit_loop.max_epochs = -1
 
@@ -150,29 +151,34 @@ class VLMData(L.LightningDataModule):
         return self._loader(dataset, sampler, collate=partial(join, per_step=sampler.per_step))
 
     def upcoming(self) -> DataLoader:
-        """What this rank draws from here to the end of the run, each sample once: for a pass ahead of the training."""
-        module, sampler = self.trainer.lightning_module, self._train_sampler()
-        steps = max(0, self.trainer.fit_loop.epoch_loop.max_steps - module.clock)
-        places: dict[tuple[int, int], int] = {}
-        for batch in islice(iter(sampler), -(-steps // module.steps_per_batch)):
+        """What the run draws from its start to its end, each text once, shared out among ranks: for a pass beforehand.
+
+        The same after a restart, so that what is computed in batches of it is the same to the last bit.
+        """
+        module, steps = self.trainer.lightning_module, max(0, self.trainer.fit_loop.epoch_loop.max_steps)
+        places: dict[tuple[int, ...], int] = {}
+        for batch in islice(iter(self._train_sampler(whole=True)), -(-steps // module.steps_per_batch)):
             for index in batch:
-                places.setdefault(self.train_samples.locate(index)[:2], index)
-        indices, size = list(places.values()), self.eval_batch_size
+                source, element, walk = self.train_samples.locate(index)
+                varies = getattr(self.train_samples.sources[source], "varies", False)
+                places.setdefault((source, element, walk) if varies else (source, element), index)
+        indices, size = list(places.values())[self._rank :: self._world], self.eval_batch_size
         batches = [indices[i : i + size] for i in range(0, len(indices), size)]
         dataset = EncodedDataset(self.train_samples, self._encode(module.encoding))
         return self._loader(dataset, batches, persistent=False)
 
-    def _train_sampler(self) -> StepSampler:
+    def _train_sampler(self, whole: bool = False) -> StepSampler:
+        """Of this rank, from where the run stands; `whole`: of all ranks, from the start of the run."""
         module = self.trainer.lightning_module
         return StepSampler(
             len(self.train_samples),
             self.batch_size,
             seed=self.seed,
-            rank=self._rank,
-            world=self._world,
+            rank=0 if whole else self._rank,
+            world=1 if whole else self._world,
             steps=module.steps_loaded,
             shuffle=self.shuffle,
-            start=lambda: module.batches_done,
+            start=lambda: 0 if whole else module.batches_done,
         )
 
     def val_dataloader(self) -> list[DueLoader]:

@@ -2,7 +2,7 @@
 
 Shapes: P pairs. Log-probs are sums over a response's tokens, in nats; Δ = log π − log π_ref. Sources: DPO (Rafailov et
 al. 2023, eq. 7); CW-DPO (Learning Dynamics of VLM Finetuning, arXiv 2510.11978, stage 2); BCO (Jung et al. 2024) and
-MPO (Wang et al. 2024) in the form of Skywork R1V2. Focal-DPO is named in the CW-DPO paper without a formula: ours is here.
+MPO (Wang et al. 2024) in the form of Skywork R1V2. The CW-DPO paper names Focal-DPO without a formula: ours is here.
 """
 
 from __future__ import annotations

@@ -104,7 +104,8 @@ class Policy(nn.Module):
         mean = None
         if uniform:  # mean_v log π_v = log π_y − h·(w_y − mean_v w_v)/T, without the other logits
             apart = weight[batch.labels] - weight.mean(0)
-            mean = scores.logprobs - (hidden * apart).sum(-1).to(scores.logprobs.dtype) / temperature
+            wide = scores.logprobs.dtype
+            mean = scores.logprobs - (hidden.to(wide) * apart.to(wide)).sum(-1) / temperature
         return Scores(*scores, batch.row_index, mean)
 
     def score(self, batch: ModelBatch, *, temperature: float = 1.0) -> Scores:

@@ -74,9 +74,10 @@ class Record(L.Callback):
 
         def note_gradients(optimizer):
             norms = apply_gradients(optimizer)
-            work, named = optimizer.optimizer.work, module.policy.model.named_parameters()
-            self.last_gradients = {name: whole(work[p].grad).clone() for name, p in named if p in work}
-            self.gradients = self.gradients or self.last_gradients
+            if not self.gradients or module.clock == trainer.max_steps - 1:
+                work, named = optimizer.optimizer.work, module.policy.model.named_parameters()
+                self.last_gradients = {name: whole(work[p].grad).clone() for name, p in named if p in work}
+                self.gradients = self.gradients or self.last_gradients
             return norms
 
         def note_report(*args):

@@ -20,9 +20,10 @@ _ROWS_LOOKED_AT = 16  # at opening, for image folders that are missing as a whol
 
 
 class Source(Sequence[Sample]):
-    """Samples by index; `draw(index, epoch)` is what an epoch sees, which differs only where a row has variants."""
+    """Samples by index; `draw(index, epoch)` is what an epoch sees, which differs only where a source `varies`."""
 
     label: str
+    varies: bool = False
 
     def sample_id(self, index: int) -> str:
         """The id of the sample at `index`, without building the sample."""
@@ -86,7 +87,7 @@ class Subset(Source):
 
     def __init__(self, source: Sequence[Sample], indices: Sequence[int]) -> None:
         self.source, self.indices = source, indices
-        self.label = getattr(source, "label", "")
+        self.label, self.varies = getattr(source, "label", ""), getattr(source, "varies", False)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -107,6 +108,7 @@ class Relabelled(Source):
 
     def __init__(self, source: Sequence[Sample], label: str, *, prefix_ids: bool) -> None:
         self.source, self.label, self.prefix_ids = source, label, prefix_ids
+        self.varies = getattr(source, "varies", False)
 
     def __len__(self) -> int:
         return len(self.source)

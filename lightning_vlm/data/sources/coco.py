@@ -38,6 +38,7 @@ class CocoSource(Source):
         counts = [len(c) for c in table.column("captions")]
         if not any(counts):
             raise ValueError(f"{table.where} has no captions")
+        self.varies = captions == "one"
         self._pairs: array | None = None
         if captions == "all":
             self._pairs = array("Q", (n for i, c in enumerate(counts) for k in range(c) for n in (i, k)))
