@@ -72,7 +72,9 @@ def test_sizes_initialisation_and_tied_embeddings(name):
     """Matrices have standard deviation .1 whatever transformers' own scheme does; norms are one, biases zero."""
     model = build_model(name, seed=1)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
-    low, high = {"student": (0.4, 0.6), "teacher": (1.4, 1.8), "small": (0.09, 0.12), "tiny": (0.05, 0.09)}[name.rsplit("-")[-1]]
+    low, high = {"student": (0.4, 0.6), "teacher": (1.4, 1.8), "small": (0.09, 0.12), "tiny": (0.05, 0.09)}[
+        name.rsplit("-")[-1]
+    ]
     assert low < millions < high
     assert model.lm_head.weight is model.get_input_embeddings().weight
     for parameter_name, p in model.named_parameters():

@@ -15,6 +15,7 @@ import csv
 import json
 import os
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -202,7 +203,6 @@ COLUMNS = {
     "ECE": "calibration error of tokens",
     "to 95 %": "steps to 95 % of the best CIDEr-D",
     "alarm": "SqueezingStop fired",
-    "s/step": "median seconds of a step",
 }
 
 
@@ -219,8 +219,6 @@ def results(root: Path, name: str, seed: int) -> dict[str, float]:
     )
     probe = [json.loads(line) for line in (where / "probes" / "probe" / "summary.jsonl").read_text().splitlines()][-1]
     best = max(scores["CIDEr"] for scores in curve.values())
-    with next(where.glob("**/metrics.csv")).open() as file:
-        seconds = [float(row["train/seconds"]) for row in csv.DictReader(file) if row.get("train/seconds")]
     log = where.parent / f"{where.name}.log"
     return {
         "exact": 100 * final["exact"],
@@ -234,7 +232,6 @@ def results(root: Path, name: str, seed: int) -> dict[str, float]:
         "ECE": probe["ece"],
         "to 95 %": float(min(step for step, scores in curve.items() if scores["CIDEr"] >= 0.95 * best)),
         "alarm": float("SqueezingStop" in log.read_text()),
-        "s/step": statistics.median(seconds),
     }
 
 
@@ -242,7 +239,7 @@ def cell(values: list[float]) -> str:
     """Mean and half the 95 % interval over seeds."""
     mean = statistics.fmean(values)
     digits = 1 if abs(mean) >= 10 else 2 if abs(mean) >= 0.1 else 3
-    if len(values) < 2:
+    if len(values) < 2 or min(values) == max(values):
         return f"{mean:.{digits}f}"
     low, high = mean_interval(values)
     return f"{mean:.{digits}f} ± {(high - low) / 2:.{digits}f}"
@@ -261,6 +258,51 @@ def table(root: Path, names: tuple[str, ...], seeds: list[int]) -> str:
     return "\n".join(lines) + "\n"
 
 
+# --- what a step costs -----------------------------------------------------------------------------------------------
+
+BARE = tuple(
+    word
+    for name in ("Benchmarks", "LearningDynamics", "SqueezingStop", "EntropyMonitor", "SaveModel", "Checkpoint")
+    for word in (f"--callbacks.{name}", "null")
+)
+
+
+def costs(root: Path, rounds: int, steps: int = 25) -> str:
+    """Markdown: seconds of a step of stage 1, arms taking turns, from a model that finds negatives unlikely (the
+    constraint sleeps) and from one that finds them likely (it acts)."""
+    lines = ["| arm | asleep, s | ratio to SFT | acting, s | ratio to SFT |", "|---|---|---|---|---|"]
+    seconds: dict[tuple[str, str], list[float]] = {}
+    for turn in range(rounds):
+        for start in ("warmup", "sft"):
+            for name in GROUPS["stage1"]:
+                arm = Arm(
+                    ARMS[name].experiment, start, (*ARMS[name].settings, *BARE, "--trainer.max_steps", str(steps))
+                )
+                ARMS["(cost)"] = arm
+                where = root / "costs"
+                shutil.rmtree(where, ignore_errors=True)
+                words = command(root, "(cost)", 0)
+                words[words.index("--run_dir") + 1] = str(where)
+                words += ["--trainer.log_every_n_steps", "1"]
+                call = [sys.executable, "-m", "lightning_vlm.cli.main", *words]
+                subprocess.run(call, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+                with next(where.glob("**/metrics.csv")).open() as file:
+                    rows = [row["train/seconds"] for row in csv.DictReader(file) if row.get("train/seconds")]
+                seconds.setdefault((start, name), []).append(statistics.median(map(float, rows[5:])))
+                print(f"turn {turn + 1} of {rounds}: {name} from {start}: {seconds[start, name][-1]:.3f} s", flush=True)
+    for name in GROUPS["stage1"]:
+        cells = []
+        for start in ("warmup", "sft"):
+            mine, base = seconds[start, name], seconds[start, "sft"]
+            ratios = sorted(a / b for a, b in zip(mine, base, strict=True))
+            cells += [
+                f"{statistics.median(mine):.3f}",
+                f"{statistics.median(ratios):.2f} [{ratios[0]:.2f}, {ratios[-1]:.2f}]",
+            ]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     """Run, then print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -268,11 +310,17 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2", help="training seeds (default 0,1,2)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, one core each (default 2)")
     parser.add_argument("--run_dir", type=Path, default=Path("runs/preference"), help="default runs/preference")
+    parser.add_argument("--costs", type=int, metavar="N", help="only time stage 1's steps, arms taking turns N times")
     parser.add_argument("--report", action="store_true", help="only print the tables of what is there")
     args = parser.parse_args()
     chosen = args.groups.split(",")
     if unknown := [name for name in chosen if name not in GROUPS]:
         parser.error(f"no group is named {unknown[0]!r}; choose among {', '.join(GROUPS)}")
+    if args.costs:
+        text = costs(args.run_dir, args.costs)
+        (args.run_dir / "costs.md").write_text(text)
+        print(text)
+        return
     seeds = [int(seed) for seed in args.seeds.split(",")]
     wanted = {name for group in chosen for name in GROUPS[group]}
     plan = [] if args.report else list(levels(wanted))
