@@ -15,7 +15,7 @@ from .parts import inner_model, part_of, part_parameters
 from .policy import Policy
 
 _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_CHUNK = 1 << 22
+_CHUNK = 1 << 18  # a few MiB of temporaries, which stay in the cache
 
 
 def snapshot_frozen(model: Policy | PreTrainedModel) -> dict[str, int]:

@@ -1,0 +1,64 @@
+"""Our contenders: Lightning's Trainer, the data module and the algorithm, as `lightning-vlm fit` puts them together."""
+
+from __future__ import annotations
+
+import warnings
+
+import lightning as L
+
+from lightning_vlm import algorithms
+from lightning_vlm.data.module import VLMData
+from lightning_vlm.data.sources import SourceSpec
+from lightning_vlm.models.spec import Backbone
+from tools.bench.material import Material
+from tools.bench.worker import Gate
+from tools.bench.works import LR, Contender
+
+
+class Gated(L.Callback):
+    """Stops before the first step and after every one."""
+
+    def __init__(self, gate: Gate) -> None:
+        self.gate = gate
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Model and data are there."""
+        self.gate.ready()
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        """An optimizer step is done and logged."""
+        metrics = module.last_step["metrics"]
+        self.gate.stepped(metrics["train/loss"], metrics["train/grad_norm"])
+
+
+def train(contender: Contender, material: Material, gate: Gate, *, steps: int) -> None:
+    """Train `steps` optimizer steps in this process, at the gate's pace.
+
+    The data is loaded in this process, as the peer does by default, so that no other processor helps.
+    """
+    warnings.filterwarnings("ignore")
+    backbone = Backbone(path=str(material.model))
+    module = getattr(algorithms, contender.method)(
+        backbone=backbone, lr=LR, schedule="constant", clip_norm=1.0, **contender.settings
+    )
+    data = VLMData(
+        backbone=backbone,
+        train={contender.data: SourceSpec(kind=contender.data, path=str(material.data(contender.data)))},
+        batch_size=material.size.batch,
+        shuffle=False,
+        workers=0,
+    )
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=1,
+        precision="32-true",
+        max_steps=steps,
+        logger=False,
+        callbacks=[Gated(gate)],
+        default_root_dir=material.folder,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    trainer.fit(module, data)
