@@ -77,16 +77,13 @@ SOURCES = {
         for share in (25, 50, 75)
     },
 }
-SOON = (
-    "--trainer.max_steps",
-    "100",
-    "--model.lr",
-    "3.0e-4",
-    "--model.optimizer",
-    "adamw",
-    "--model.warmup_steps",
-    "10",
+# Sweeps are shorter: half the steps, evaluated at their end on fewer pictures.
+SHORT = (
+    *("--trainer.max_steps", "100", "--callbacks.Benchmarks.benchmarks.captions.every", "100"),
+    *("--callbacks.Benchmarks.benchmarks.top5.source.options.size", "64"),
 )
+SHORT_DPO, SHORT_CW = DPO.but(*SHORT), CW.but(*SHORT)
+SHORT_SFT_C = SFT_C.but(*SHORT, *("--model.lr", "3.0e-4", "--model.optimizer", "adamw"), start="sft")
 
 ARMS: dict[str, Arm] = {
     "warmup": Arm("world-warmup", None),
@@ -100,36 +97,48 @@ ARMS: dict[str, Arm] = {
     "floor -5": CW.but("--model.ell_floor", "-5.0"),
     "floor -2": CW.but("--model.ell_floor", "-2.0"),
     "floor mean": CW.but("--model.ell_floor", "mean"),
-    "focal-dpo": DPO.but("--model.weighting", "focal"),
-    "constant weight .5": CW.but("--model.tau", "1.0e6"),
-    "weight not detached": CW.but("--model.detach_weight", "false"),
-    "dpo, hopeless < -5 left out": DPO.but("--model.hopeless_below", "-5.0"),
-    "cw-dpo, hopeless < -5 left out": CW.but("--model.hopeless_below", "-5.0"),
-    "sft-c after sft": SFT_C.but(*SOON, start="sft"),
-    "dpo after sft-c": DPO.but(start="sft-c after sft"),
-    "cw-dpo after sft-c": CW.but(start="sft-c after sft"),
-    **{f"cw-dpo, {name}": CW.but(*settings) for name, settings in SOURCES.items()},
-    **{f"dpo, {name}": DPO.but(*SOURCES[name]) for name in ("edits", "on-policy")},
+    "dpo, 100 steps": SHORT_DPO,
+    "cw-dpo, 100 steps": SHORT_CW,
+    "focal-dpo": SHORT_DPO.but("--model.weighting", "focal"),
+    "constant weight .5": SHORT_CW.but("--model.tau", "1.0e6"),
+    "weight not detached": SHORT_CW.but("--model.detach_weight", "false"),
+    "dpo, hopeless < -5 left out": SHORT_DPO.but("--model.hopeless_below", "-5.0"),
+    "cw-dpo, hopeless < -5 left out": SHORT_CW.but("--model.hopeless_below", "-5.0"),
+    "sft-c after sft": SHORT_SFT_C,
+    "dpo after sft-c": SHORT_DPO.but(start="sft-c after sft"),
+    "cw-dpo after sft-c": SHORT_CW.but(start="sft-c after sft"),
+    **{f"cw-dpo, {name}": SHORT_CW.but(*settings) for name, settings in SOURCES.items()},
+    **{f"dpo, {name}": SHORT_DPO.but(*SOURCES[name]) for name in ("edits", "on-policy")},
     **{
         f"{arm} {size}": ARM.but(*model, start=None if ARM.start is None else f"{ARM.start} {size}")
         for size, model in ((".1M", SMALL), ("1.6M", LARGE))
-        for arm, ARM in (("warmup", Arm("world-warmup", None)), ("sft", SFT), ("dpo", DPO), ("cw-dpo", CW))
+        for arm, ARM in (
+            ("warmup", Arm("world-warmup", None)),
+            ("sft", SFT),
+            ("dpo, 100 steps", SHORT_DPO),
+            ("cw-dpo, 100 steps", SHORT_CW),
+        )
     },
     "sft text": Arm("world-captions", None, WORDS),
-    "dpo text": DPO.but(*WORDS, start="sft text"),
-    "cw-dpo text": CW.but(*WORDS, start="sft text"),
+    "dpo text": SHORT_DPO.but(*WORDS, start="sft text"),
+    "cw-dpo text": SHORT_CW.but(*WORDS, start="sft text"),
 }
 GROUPS: dict[str, tuple[str, ...]] = {
     "stage1": ("sft", "sft-c", "sft-c lazy 8", "sft-c fraction .25", "sft-c smooth"),
     "cooling": ("sft", "dpo", "cw-dpo"),
     "floor": ("sft", "floor -5", "cw-dpo", "floor -2", "floor mean"),
     "ablations": (
-        *("dpo", "focal-dpo", "cw-dpo", "constant weight .5", "weight not detached"),
+        *("dpo, 100 steps", "focal-dpo", "cw-dpo, 100 steps", "constant weight .5", "weight not detached"),
         *("dpo, hopeless < -5 left out", "cw-dpo, hopeless < -5 left out"),
         *("sft-c after sft", "dpo after sft-c", "cw-dpo after sft-c"),
     ),
-    "negatives": ("dpo", "dpo, edits", "dpo, on-policy", "cw-dpo", *(f"cw-dpo, {name}" for name in SOURCES)),
-    "width": tuple(f"{arm}{size}" for size in (" .1M", "", " 1.6M") for arm in ("sft", "dpo", "cw-dpo")),
+    "negatives": (
+        *("dpo, 100 steps", "dpo, edits", "dpo, on-policy", "cw-dpo, 100 steps"),
+        *(f"cw-dpo, {name}" for name in SOURCES),
+    ),
+    "width": tuple(
+        f"{arm}{size}" for size in (" .1M", "", " 1.6M") for arm in ("sft", "dpo, 100 steps", "cw-dpo, 100 steps")
+    ),
     "text": ("sft text", "dpo text", "cw-dpo text"),
 }
 
