@@ -132,7 +132,8 @@ class Progress(ProgressBar):
         """Close the evaluation's line; in training, say what came out (Lightning prints a table otherwise)."""
         self._close_evaluation()
         if self._enabled and trainer.state.fn == "fit" and not trainer.sanity_checking and pl_module.fresh_metrics:
-            metrics = {name: float(trainer.callback_metrics[name]) for name in sorted(name for name in pl_module.fresh_metrics if "_since_" not in name)}
+            names = sorted(name for name in pl_module.fresh_metrics if "_since_" not in name)
+            metrics = {name: float(trainer.callback_metrics[name]) for name in names}
             self.print(f"step {pl_module.clock}  " + "  ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
 
     def on_test_end(self, *args: Any, **kwargs: Any) -> None:

@@ -179,7 +179,7 @@ def test_logprobs_equal_a_teacher_forced_forward(policy, prompts, sampling):
             batch = collate([completion_row(row, completion)], policy.family, PAD)
             with torch.no_grad():
                 logits = policy.hidden_states(batch) @ policy.head_weight().T / (sampling.temperature or 1.0)
-            labels = policy.labels(batch)
+            labels = batch.labels
             assert labels.tolist() == completion.ids
             expected = logits.log_softmax(-1).gather(1, labels[:, None])[:, 0]
             torch.testing.assert_close(torch.tensor(completion.logprobs).double(), expected, atol=2e-5, rtol=0)
@@ -274,7 +274,7 @@ def test_every_family_with_its_own_processor(name, tmp_path):
     batch = collate([completion_row(*pair) for pair in pairs], policy.family, processor.pad_id)
     with torch.no_grad():
         logits = policy.hidden_states(batch) @ policy.head_weight().T / SAMPLED.temperature
-    expected = logits.log_softmax(-1).gather(1, policy.labels(batch)[:, None])[:, 0]
+    expected = logits.log_softmax(-1).gather(1, batch.labels[:, None])[:, 0]
     got = torch.tensor([logprob for _, completion in pairs for logprob in completion.logprobs])
     torch.testing.assert_close(got.double(), expected, atol=2e-5, rtol=0)
 

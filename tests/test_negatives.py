@@ -127,9 +127,11 @@ def runs(tmp_path_factory):
         spec("mixed", {}, mixed),
         spec("refreshed", {}, mixed | {"refresh": 2}),
         spec("cached", {"reference": "cache"}, mixed | {"refresh": 2}, cache=str(folder / "cache")),
-        spec("alone", {}, mixed | {"data": 0.0, "beam": 0.0, "draws": 1}),
-        spec("sft_c", {"threshold": 1e3}, mixed | {"data": 0.0, "beam": 0.0, "draws": 1}, algorithm="SFTC"),
+        spec("alone", {}, mixed | {"data": 0.0, "beam": 0.0, "beams": 4, "draws": 1}),
+        spec("sft_c", {"threshold": 1e3}, mixed | {"data": 0.0, "beam": 0.0, "beams": 4, "draws": 1}, algorithm="SFTC"),
     ]
+    at_end = {"size": 3, "every": 1000}
+    one.append(spec("watched", {}, {"on_policy": 1.0, "rule": RULE, "refresh": 2}, benchmark=at_end))
     two = [
         spec("ddp_refreshed", {}, mixed | {"refresh": 2}, strategy="ddp"),
         spec("fsdp2_refreshed", {"micro_batch_tokens": 200}, mixed | {"refresh": 2}, strategy="fsdp2"),
@@ -216,6 +218,11 @@ def test_without_a_wrong_answer_dpo_leaves_the_pair_out_and_sft_c_the_negative(r
         assert len(chosen) == (6 if name == "sft_c" else 6 - missing)
 
 
+def test_an_evaluation_at_the_end_runs_though_batches_feed_several_steps(runs):
+    """Four steps of three batches: no batch's number is a multiple of any interval."""
+    assert len(runs["watched"]["losses"]) == 4 and "val/world/accuracy" in runs["watched"]["evaluated"][0]
+
+
 @pytest.mark.parametrize(
     "settings, said",
     [
@@ -223,7 +230,10 @@ def test_without_a_wrong_answer_dpo_leaves_the_pair_out_and_sft_c_the_negative(r
         ({"data": 0.0}, "one must be positive"),
         ({"on_policy": 1.0}, "must be judged"),
         ({"beam": 1.0, "rule": "world/exakt"}, "did you mean 'world/exact'"),
-        ({"refresh": 2}, "no effect on negatives of the data set"),
+        ({"refresh": 2}, "refresh has no effect where on_policy and beam has no share"),
+        ({"on_policy": 1.0, "rule": RULE, "beams": 2}, "beams has no effect where beam has no share"),
+        ({"rule": RULE}, "rule has no effect"),
+        ({"on_policy": 1.0, "rule": "coco/python"}, "scores a set of captions"),
         ({"on_policy": 1.0, "rule": RULE, "draws": 0}, "at least 1"),
         ({"on_policy": 1.0, "rule": RULE, "temperature": 0.0}, "temperature positive"),
     ],

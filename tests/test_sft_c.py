@@ -237,6 +237,8 @@ def test_a_step_that_draws_no_negative_neither_looks_nor_changes_its_mind(runs):
         ({"negative_fraction": 0.0}, "negative_fraction"),
         ({"lazy": 0}, "model.lazy"),
         ({"lazy": 2, "mode": "smooth"}, "no effect in mode smooth"),
+        ({"threshold": 1.0, "mode": "smooth"}, "threshold has no effect in mode smooth"),
+        ({"smooth_weight": 0.1}, "smooth_weight has no effect in mode constraint"),
     ],
 )
 def test_settings_out_of_range_or_without_effect(settings, said):

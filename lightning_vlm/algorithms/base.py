@@ -282,6 +282,11 @@ class Algorithm(EvaluationMixin, L.LightningModule):
         tensor = torch.tensor(ids, dtype=torch.long)
         return Row(id="(dummy)", input_ids=tensor, loss_mask=torch.zeros_like(tensor, dtype=torch.bool), images=images)
 
+    def low_precision(self) -> AbstractContextManager:
+        """The precision that a sharding strategy computes in, for whole models outside of it."""
+        mixed = getattr(self.trainer.strategy, "mixed_precision", "none") == "bf16"
+        return torch.autocast(self.device.type, torch.bfloat16) if mixed else nullcontext()
+
     def _replicas_apart(self) -> AbstractContextManager:
         """DDP would average each micro-batch by itself; `GradientSync` sums the whole step instead."""
         strategy = self.trainer.strategy

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_vlm.algorithms.micro import Item
 from lightning_vlm.algorithms.pairs import PairAlgorithm, chosen_only, pair_columns
@@ -87,6 +88,11 @@ class DPO(PairAlgorithm):
             raise ValueError(f"model.reference is {reference!r}; choose cache, online or adapters_off")
         if isinstance(ell_floor, str) and ell_floor != "mean":
             raise ValueError(f"model.ell_floor is {ell_floor!r}; give nats per token, such as -3.0, or `mean`")
+        for name, value in (("ell_floor", ell_floor), ("hopeless_below", hopeless_below)):
+            if isinstance(value, int | float) and value >= 0:
+                raise ValueError(f"model.{name} is {value}; log-probabilities per token are negative: give e.g. -5.0")
+        if gamma != 2.0 and weighting != "focal":
+            raise ValueError(f"model.gamma {gamma} has an effect with model.weighting focal only: leave it out")
         if not detach_weight and weighting != "cooling":
             raise ValueError("model.detach_weight false has an effect with model.weighting cooling only")
         self.beta, self.tau, self.ell_floor, self.weighting = beta, tau, ell_floor, weighting
@@ -105,6 +111,7 @@ class DPO(PairAlgorithm):
         self.reference: Reference | None = None
         self._floor = self._shift = (0.0, 0.0)  # running (sum, count) of ℓ̄(y_l) and of the rewards
         self._dropped = 0.0
+        self._warned = False
 
     # --- reference --------------------------------------------------------------------------------------------------
 
@@ -190,6 +197,13 @@ class DPO(PairAlgorithm):
         counts, report, step = super().gradient(items)
         pairs = counts[self.loss.names[0]]
         gap, mean = report.pop("_gap"), report.pop("_ell_rejected")
+        if not pairs and not self._warned:
+            self._warned = True
+            rank_zero_warn(
+                f"optimizer step {self.clock}: no pair to learn from: all were left out (train/hopeless, "
+                "train/negatives/missing tell); raise model.hopeless_below's distance from 0, or give "
+                "model.negatives.data a share"
+            )
         if self.clock == 0 and pairs and self.reference_model is None:
             self._check_start(gap)
         self._floor = self._floor[0] + mean * pairs, self._floor[1] + pairs
@@ -207,8 +221,7 @@ class DPO(PairAlgorithm):
         if gap > allowed:
             raise ValueError(
                 f"the reference differs from the policy by {gap:.3g} nats per token before the first step, where both "
-                "are the same model: the reference cache is stale; delete its folder in $LVLM_CACHE "
-                "(default ~/.cache/lightning_vlm) or leave model.reference_cache out"
+                f"are the same model: {self.reference.suspicion()}"
             )
 
     # --- checkpoints ------------------------------------------------------------------------------------------------

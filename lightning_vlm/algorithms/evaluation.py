@@ -75,10 +75,12 @@ class EvaluationMixin:
         self._engine = HFEngine(self.policy, self.processor, batch_size=batch_size)
 
     def _start_evaluation(self) -> None:
-        self._open_engine()
         data = self.trainer.datamodule
         evaluations = getattr(data, "evaluations", {})
         self._running = {name: e for name, e in evaluations.items() if data.due(e)}
+        self._weights = ExitStack()
+        if self._running:
+            self._open_engine()
         self._probers = {name: self._prober(e) for name, e in self._running.items() if e.encoding == "probe"}
         self._gathering = {name: Records().to(self.device) for name in self._running}
         for records in self._gathering.values():
@@ -197,7 +199,7 @@ class EvaluationMixin:
         records = []
         for model_batch in self._evaluation_batches(batch.items):
             scores, rows = self.policy.score(model_batch), model_batch.rows
-            right = (scores.top_ids == self.policy.labels(model_batch)).to(scores.logprobs.dtype)
+            right = (scores.top_ids == model_batch.labels).to(scores.logprobs.dtype)
             ones = torch.ones_like(scores.logprobs)
             columns = {"logprob": scores.logprobs, "entropy": scores.entropies, "right": right, "tokens": ones}
             sums = {name: scores.per_row(values, len(rows)).tolist() for name, values in columns.items()}

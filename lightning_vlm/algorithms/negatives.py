@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from lightning_vlm.algorithms.micro import Item
 from lightning_vlm.benchmarks.grading import grade_all
@@ -67,8 +67,15 @@ class Negatives:
             raise ValueError(
                 "model.negatives: generated answers must be judged; set model.negatives.rule, for example world/exact"
             )
-        if not self.generated and self.refresh > 1:
-            raise ValueError("model.negatives.refresh has no effect on negatives of the data set: leave it out")
+        needs = {"draws": "on_policy", "temperature": "on_policy", "beams": "beam"}
+        for setting in fields(self):
+            kind = needs.get(setting.name)
+            idle = not (getattr(self, kind) if kind else self.generated) and setting.name not in KINDS
+            if idle and getattr(self, setting.name) != setting.default:
+                raise ValueError(
+                    f"model.negatives.{setting.name} has no effect where {kind or 'on_policy and beam'} has no share: "
+                    "leave it out"
+                )
 
     @property
     def total(self) -> float:

@@ -148,7 +148,7 @@ class Prober:
 
     def _score(self, batch: ModelBatch, found: dict[str, Record]) -> None:
         head = self.policy(batch, raw=True)
-        labels = self.policy.labels(batch)
+        labels = batch.labels
         scores = token_scores(*head, labels)
         lengths = [row.scored for row in batch.rows]
         for row, logprobs in zip(batch.rows, _on_host(scores.logprobs).split(lengths), strict=True):

@@ -49,6 +49,13 @@ class Reference:
         """Fill in `info[LOGPROB]` of every row; all ranks call this together."""
         raise NotImplementedError(f"{type(self).__name__} must define annotate()")
 
+    def suspicion(self) -> str:
+        """What may be wrong where reference and policy differ though they are one model."""
+        return (
+            "the forward is not the same twice (dropout in the model, or kernels that are not deterministic); set "
+            "dropout to 0 in its config.json"
+        )
+
     def start(self) -> None:
         """The policy sits on its device; training begins or goes on."""
 
@@ -119,6 +126,7 @@ class CachedReference(Reference):
         weights = module.policy.model if model is None else self._load().model
         facts = {
             "weights": weights_fingerprint(weights),
+            "config": content_key(_shape(weights.config.to_dict())),
             "dtype": module.backbone.dtype,
             "precision": str(module.trainer.precision),
             "mixed_precision": getattr(module.trainer.strategy, "mixed_precision", "none"),
@@ -128,6 +136,10 @@ class CachedReference(Reference):
         else:
             self.store = Store.at(Path(folder).expanduser(), STORE, facts)
         self.computed = 0
+
+    def suspicion(self) -> str:
+        """The cache is stale."""
+        return f"the reference cache is stale; delete {self.store.folder}, or leave model.reference_cache out"
 
     def annotate(self, items: list[Item]) -> None:
         """Look the rows up; where some are missing, compute those and all that this run has still to draw."""
@@ -186,7 +198,8 @@ class CachedReference(Reference):
             with unsharded(module.policy), evaluating(module.policy):
                 yield module.policy
             return
-        yield self._load().to(module.device)
+        with module.low_precision():
+            yield self._load().to(module.device)
 
 
 def make_reference(
@@ -266,6 +279,13 @@ def evaluating(policy: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+def _shape(config: dict[str, Any]) -> dict[str, Any]:
+    """What of a model's configuration its forward depends on, names of places and versions aside."""
+    apart = ("_name_or_path", "dtype", "torch_dtype", "transformers_version", "architectures")
+    kept = {str(name): value for name, value in config.items() if name not in apart}
+    return {n: _shape(v) if isinstance(v, dict) else str(v) for n, v in kept.items()}
 
 
 def _key(row: Row) -> str:

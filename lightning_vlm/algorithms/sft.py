@@ -18,7 +18,7 @@ class SFT(Algorithm):
     def losses(self, batch: ModelBatch) -> Micro:
         """Loss of one micro-batch, and how often the most likely token is the right one."""
         scores = self.policy.score(batch)
-        right = (scores.top_ids == self.policy.labels(batch)).sum()
+        right = (scores.top_ids == batch.labels).sum()
         return Micro(sft(scores.logprobs), {"token_accuracy": (right, len(scores.top_ids))}, scores)
 
     def counts(self, items: list[Item]) -> dict[str, float]:

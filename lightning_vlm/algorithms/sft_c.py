@@ -64,6 +64,11 @@ class SFTC(PairAlgorithm):
             raise ValueError(f"model.negative_fraction must lie in (0, 1], got {negative_fraction}")
         if lazy < 1:
             raise ValueError(f"model.lazy must be at least 1, got {lazy}")
+        other = {"threshold": 2.0, "constraint_weight": 0.1} if mode == "smooth" else {"smooth_weight": 0.05}
+        given = {"threshold": threshold, "constraint_weight": constraint_weight, "smooth_weight": smooth_weight}
+        for name, default in other.items():
+            if given[name] != default:
+                raise ValueError(f"model.{name} has no effect in mode {mode}: leave it out, or change model.mode")
         if mode == "smooth" and lazy > 1:
             raise ValueError("model.lazy has no effect in mode smooth, which learns from negatives in every step")
         if mode == "constraint" and label_smoothing:

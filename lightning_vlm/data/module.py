@@ -134,7 +134,9 @@ class VLMData(L.LightningDataModule):
         # Lightning asks for validation every so many batches; the loaders decide who is due. The last step counts too.
         total = trainer.max_steps if trainer.max_steps > 0 else 0
         intervals = [e.every for e in self.evaluations.values()] + ([total] if total else [])
-        trainer.val_check_interval = gcd(*intervals)
+        # A batch that feeds several steps may cross any of them: then every batch is asked about.
+        several = trainer.lightning_module.steps_per_batch > 1
+        trainer.val_check_interval = 1 if several else gcd(*intervals)
         trainer.check_val_every_n_epoch = None
 
     def due(self, evaluation: Evaluation) -> bool:

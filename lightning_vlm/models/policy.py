@@ -103,9 +103,9 @@ class Policy(nn.Module):
         scores = token_scores(hidden, weight, batch.labels, temperature=temperature)
         mean = None
         if uniform:  # mean_v log π_v = log π_y − h·(w_y − mean_v w_v)/T, without the other logits
-            apart = weight[batch.labels] - weight.mean(0)
             wide = scores.logprobs.dtype
-            mean = scores.logprobs - (hidden.to(wide) * apart.to(wide)).sum(-1) / temperature
+            apart = weight[batch.labels].to(wide) - weight.mean(0, dtype=wide)
+            mean = scores.logprobs - (hidden.to(wide) * apart).sum(-1) / temperature
         return Scores(*scores, batch.row_index, mean)
 
     def score(self, batch: ModelBatch, *, temperature: float = 1.0) -> Scores:
@@ -131,10 +131,6 @@ class Policy(nn.Module):
             delta = head.lora_B[name].weight @ head.lora_A[name].weight
             weight = weight + (head.scaling[name] * delta).to(weight.dtype)
         return weight
-
-    def labels(self, batch: ModelBatch) -> Tensor:
-        """[N] ids of the scored tokens."""
-        return batch.labels
 
     def hidden_states(self, batch: ModelBatch) -> Tensor:
         """Last hidden states that predict the scored tokens.

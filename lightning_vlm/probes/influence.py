@@ -302,7 +302,7 @@ def _pulled_tokens(
     dtype = torch.promote_types(torch.float32, hidden.dtype)
     logits = hidden.to(dtype) @ weight.to(dtype).T
     pulls = -logits.detach().softmax(-1)
-    labels = policy.labels(batch)[:, None]
+    labels = batch.labels[:, None]
     pulls.scatter_add_(1, labels, torch.ones_like(labels, dtype=dtype))
     for token, pull in zip(logits, pulls, strict=True):
         yield _by_part(owned, token, pull, keep=True), pull.norm()

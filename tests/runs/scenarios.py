@@ -120,8 +120,10 @@ def sources(spec: dict[str, Any]) -> dict[str, SourceSpec]:
 
 def benchmark(options: dict[str, Any]) -> BenchmarkSpec:
     """World questions answered by sampling, so that draws, too, must not depend on ranks."""
+    options = dict(options)
+    every = options.pop("every", 1)
     world = SourceSpec(kind="world", split="val", options=options)
-    return BenchmarkSpec(source=world, every=1, temperature=1.0, n=2, max_new_tokens=6)
+    return BenchmarkSpec(source=world, every=every, temperature=1.0, n=2, max_new_tokens=6)
 
 
 def probe(options: dict[str, Any]) -> LearningDynamics:
