@@ -70,7 +70,8 @@ def test_the_first_wrong_answer_that_ends_is_taken(kind):
     """Not one cut off, not an empty one, not a right one."""
     wrong = answer("\\boxed{9999}")
     answers = [answer("\\boxed{", finished=False), answer(" "), wrong, answer("\\boxed{8888}")]
-    settings = {"data": 0.0, kind: 1.0, "draws": 5, "beams": 5, "max_new_tokens": 7, "temperature": 0.5}
+    settings = {"data": 0.0, kind: 1.0, "max_new_tokens": 7}
+    settings |= {"beams": 5} if kind == "beam" else {"draws": 5, "temperature": 0.5}
     engine, _, items, out, counts = made(answers, **settings)
     assert counts == {f"wanted/{kind}": BATCH, f"found/{kind}": BATCH, "missing": 0.0}
     for item, (chosen, rejected) in zip(items, out, strict=True):
