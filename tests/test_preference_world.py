@@ -22,6 +22,7 @@ def test_dpo_drives_the_chosen_down_and_cooling_keeps_them(tmp_path):
     dpo, cooled = (results(tmp_path, name, 0) for name in ("dpo", "cw-dpo"))
     start = json.loads((folder(tmp_path, "dpo", 0) / "probes" / "probe" / "summary.jsonl").read_text().splitlines()[0])
     assert (dpo["alarm"], cooled["alarm"]) == (1, 0)
-    assert dpo["chosen"] < start["chosen"] - 0.3 < cooled["chosen"]
+    assert dpo["chosen"] < start["chosen"] - 0.3
+    assert cooled["chosen"] > dpo["chosen"] + 0.2
     assert dpo["argmax"] > start["argmax"] - 0.05
-    assert cooled["TV"] < 0.5 * dpo["TV"]
+    assert cooled["TV"] < 0.6 * dpo["TV"]
