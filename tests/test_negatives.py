@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_vlm.algorithms.negatives import Negatives, generate, prompt_of
+from lightning_vlm.algorithms.negatives import Negatives, generate
 from lightning_vlm.benchmarks.rules import RULES
 from lightning_vlm.data.world import WorldSource
 from lightning_vlm.models.embedded import build_model
 from lightning_vlm.models.processor import load_processor
 from lightning_vlm.models.spec import Backbone
-from lightning_vlm.rollouts import Completion
+from lightning_vlm.rollouts import Completion, prompt_of
 
 from .conftest import run_scenarios
 from .test_dpo import save_model

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 from lightning_vlm.algorithms.micro import Item
 from lightning_vlm.benchmarks.grading import grade_all
@@ -12,7 +12,7 @@ from lightning_vlm.data.schema import Sample
 from lightning_vlm.data.sources.base import hash_unit
 from lightning_vlm.data.sources.spec import one_of
 from lightning_vlm.models.batch import Row
-from lightning_vlm.rollouts import Completion, HFEngine, Sampling, completion_row
+from lightning_vlm.rollouts import Completion, HFEngine, Sampling, completion_row, prompt_of
 
 KINDS = ("data", "on_policy", "beam")
 
@@ -137,17 +137,6 @@ def generate(
         counts[f"found/{kind}"] = float(sum(i in found for i in chosen))
     out = [[item[0], found[i]] if i in found else list(item) for i, item in enumerate(items)]
     return out, counts | {"missing": float(sum(len(item) < 2 for item in out))}
-
-
-def prompt_of(chosen: Row) -> Row:
-    """What stands before the scored tokens of a row."""
-    return replace(
-        chosen,
-        input_ids=chosen.input_ids[: (start := int(chosen.loss_mask.int().argmax()))],
-        loss_mask=chosen.loss_mask[:start],
-        name="prompt",
-        info={},
-    )
 
 
 def _answers(

@@ -18,7 +18,7 @@ from lightning_vlm.data.loading import StepBatch
 from lightning_vlm.losses.kernel import TokenScores, divergences, token_scores
 from lightning_vlm.models.batch import ModelBatch, Row
 from lightning_vlm.models.policy import HeadInput, Policy
-from lightning_vlm.rollouts import HFEngine
+from lightning_vlm.rollouts import HFEngine, prompt_of
 
 START_FILE = "start.safetensors"
 Record = dict[str, Any]
@@ -191,7 +191,7 @@ class Prober:
     def _ask(self, batch: StepBatch, found: dict[str, Record]) -> None:
         """Greedy answers, graded; their confidence is the probability that the model gives them as a whole."""
         asked = {sample.id: sample for sample in batch.samples if has_gold(sample)}
-        prompts = [_prompt(item[0]) for item in batch.items if item[0].id in asked]
+        prompts = [prompt_of(item[0]) for item in batch.items if item[0].id in asked]
         if not prompts:
             return
         answers = self.engine.generate(prompts, sampling=self.probe.sampling, keys=self.keys)
@@ -206,10 +206,3 @@ class Prober:
 def _on_host(values: Tensor) -> Tensor:
     """In float64 on the CPU, where taking single numbers does not wait for a device."""
     return values.detach().double().cpu()
-
-
-def _prompt(row: Row) -> Row:
-    """What stands before the first scored token, to be continued."""
-    prompt = row.input_ids[: int(row.loss_mask.int().argmax())]
-    mask = torch.zeros(len(prompt), dtype=torch.bool)
-    return Row(row.id, prompt, mask, images=row.images, name="prompt", info=row.info)

@@ -42,6 +42,13 @@ class Completion:
     sampling_logprobs: list[float]
 
 
+def prompt_of(row: Row) -> Row:
+    """What stands before a row's first scored token, to be continued."""
+    length = int(row.loss_mask.int().argmax())
+    mask = torch.zeros(length, dtype=torch.bool)
+    return Row(row.id, row.input_ids[:length], mask, images=row.images, name="prompt", info=row.info)
+
+
 def completion_row(prompt: Row, completion: Completion) -> Row:
     """The prompt continued by the completion, the completion's tokens scored: what is trained is what was generated."""
     ids = torch.cat([prompt.input_ids, torch.tensor(completion.ids, dtype=prompt.input_ids.dtype)])
