@@ -33,7 +33,7 @@ from lightning_vlm.models.batch import ModelBatch, Row
 from lightning_vlm.models.collate import collate
 from lightning_vlm.models.families import family_of
 from lightning_vlm.models.load import check_vocabulary, load_model
-from lightning_vlm.models.packing import Pack, packs
+from lightning_vlm.models.packing import Pack, laid_out
 from lightning_vlm.models.parts import PartPolicy, apply_parts
 from lightning_vlm.models.policy import Policy
 from lightning_vlm.models.processor import load_processor
@@ -264,7 +264,7 @@ class Algorithm(EvaluationMixin, L.LightningModule):
             yield self._collate(plan[index] if index < len(plan) else []), index == rounds - 1
 
     def _collate(self, items: list[Item]) -> ModelBatch:
-        rows: list[Row | Pack] = [row for item in items for row in (packs(item) if self.share_prompts else item)]
+        rows: list[Row | Pack] = [row for item in items for row in laid_out(item, self.share_prompts)]
         lacks_image = not any(row.images for item in items for row in item)
         if not rows or (self.sync.in_step and lacks_image):
             rows.append(self._dummy_row(with_image=self.sync.in_step))

@@ -21,7 +21,7 @@ from lightning_vlm.data.module import Evaluation
 from lightning_vlm.metrics.records import Records
 from lightning_vlm.models.batch import ModelBatch, Row
 from lightning_vlm.models.collate import collate
-from lightning_vlm.models.packing import Pack, packs
+from lightning_vlm.models.packing import Pack, laid_out
 from lightning_vlm.rollouts import HFEngine, Sampling
 from lightning_vlm.strategies.sync import unsharded
 
@@ -183,21 +183,22 @@ class EvaluationMixin:
 
     def _prober(self, evaluation: Any) -> Prober:
         keys = (self.seed, self.clock)
-        return Prober(evaluation, self.policy, self._engine, micro_batches=self._evaluation_batches, keys=keys)
+        return Prober(evaluation, self.policy, self._engine, micro_batches=self.evaluation_batches, keys=keys)
 
     def _probed(self, evaluation: Any, batch: StepBatch) -> list[dict[str, Any]]:
         return self._probers[evaluation.name].records(batch)
 
-    def _evaluation_batches(self, items: list[Item]) -> Iterator[ModelBatch]:
+    def evaluation_batches(self, items: list[Item]) -> Iterator[ModelBatch]:
         """Micro-batches on the device; weights are whole here, so ranks need not have equally many."""
         for group in micro_batches(items, self.micro_batch_tokens, share_prompts=self.share_prompts):
-            rows: list[Row | Pack] = [row for item in group for row in (packs(item) if self.share_prompts else item)]
-            yield collate(rows, self.policy.family, self.processor.pad_id).to(self.device)
+            rows: list[Row | Pack] = [row for item in group for row in laid_out(item, self.share_prompts)]
+            batch = collate(rows, self.policy.family, self.processor.pad_id, share_images=self.share_images)
+            yield batch.to(self.device)
 
     @torch.no_grad()
     def _scored(self, evaluation: Any, batch: StepBatch) -> list[dict[str, Any]]:
         records = []
-        for model_batch in self._evaluation_batches(batch.items):
+        for model_batch in self.evaluation_batches(batch.items):
             scores, rows = self.policy.score(model_batch), model_batch.rows
             right = (scores.top_ids == model_batch.labels).to(scores.logprobs.dtype)
             ones = torch.ones_like(scores.logprobs)

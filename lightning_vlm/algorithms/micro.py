@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lightning_vlm.models.batch import Row
-from lightning_vlm.models.packing import packs
+from lightning_vlm.models.packing import laid_out
 
 Item = list[Row]
 
@@ -29,7 +29,7 @@ def micro_batches(items: Sequence[Item], budget: int, *, share_prompts: bool = F
     groups: dict[tuple[str, ...], list[tuple[Item, list[int]]]] = {}
     for index, item in enumerate(items):
         images = tuple(image.key for row in item for image in row.images)
-        lengths = [len(row) for row in (packs(item) if share_prompts else item)]
+        lengths = [len(row) for row in laid_out(item, share_prompts)]
         groups.setdefault(images or (f"#{index}",), []).append((item, lengths))
     ordered = sorted(groups.values(), key=lambda group: -max(max(lengths) for _, lengths in group))
     out: list[list[Item]] = []

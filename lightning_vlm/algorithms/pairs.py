@@ -102,9 +102,14 @@ def _kind(info: dict[str, Any]) -> str:
 
 def chosen_only(scores: Scores, batch: ModelBatch) -> Scores:
     """The scored tokens of the chosen rows, for monitors: entropies of SFT and of pairs are then of the same texts."""
-    wanted = torch.tensor([row.name != "rejected" for row in batch.rows], device=batch.row_index.device)
-    mask = wanted[batch.row_index]
+    mask = ~of_rejected(batch)
     return Scores(*(None if values is None else values[mask] for values in scores))
+
+
+def of_rejected(batch: ModelBatch) -> Tensor:
+    """[N] bool, which scored tokens stand in rejected rows."""
+    rejected = torch.tensor([row.name == "rejected" for row in batch.rows], device=batch.row_index.device)
+    return rejected[batch.row_index]
 
 
 def pair_columns(values: Tensor, batch: ModelBatch) -> tuple[Tensor, Tensor]:

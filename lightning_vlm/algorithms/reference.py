@@ -13,15 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import nn
 
-from lightning_vlm.algorithms.micro import Item, micro_batches
+from lightning_vlm.algorithms.micro import Item
 from lightning_vlm.models.batch import ModelBatch, Row
-from lightning_vlm.models.collate import collate
 from lightning_vlm.models.guard import weights_fingerprint
 from lightning_vlm.models.lora import adapters_off, is_lora
-from lightning_vlm.models.packing import packs
-from lightning_vlm.models.policy import Policy
+from lightning_vlm.models.policy import Policy, evaluating
 from lightning_vlm.models.processor import load_processor
 from lightning_vlm.store import Store, content_key, default_root
 from lightning_vlm.strategies.sync import is_sharded, max_over_ranks, unsharded
@@ -178,17 +175,14 @@ class CachedReference(Reference):
             self._compute([[row] for row in missing], policy)
 
     def _compute(self, items: list[Item], policy: Policy) -> None:
-        module = self.module
+        found: dict[str, torch.Tensor] = {}
         unknown = [item for item in items if any(_key(row) not in self.store for row in item)]
-        for cut in micro_batches(unknown, module.micro_batch_tokens, share_prompts=module.share_prompts):
-            rows = [row for item in cut for row in (packs(item) if module.share_prompts else item)]
-            batch = collate(rows, policy.family, module.processor.pad_id, share_images=module.share_images)
-            batch = batch.to(module.device)
-            scores = policy.score(batch)
+        for batch in self.module.evaluation_batches(unknown):
+            logprobs = policy.score(batch).logprobs.cpu()
             counts = torch.bincount(batch.row_index, minlength=len(batch.rows)).tolist()
-            parts = scores.logprobs.cpu().split(counts)
-            self.store.put({_key(row): part for row, part in zip(batch.rows, parts, strict=True)})
+            found |= {_key(row): part for row, part in zip(batch.rows, logprobs.split(counts), strict=True)}
             self.computed += len(batch.rows)
+        self.store.put(found)
 
     @contextmanager
     def _whole(self) -> Iterator[Policy]:
@@ -267,18 +261,6 @@ def check_same_inputs(path: str, processor: Any, own: Any) -> None:
             f"model.reference_model {path!r} has a {kinds[0]}, backbone.path a {kinds[1]}: they look at other pixels; "
             "take a reference of the same architecture"
         )
-
-
-@contextmanager
-def evaluating(policy: nn.Module) -> Iterator[None]:
-    """Evaluation mode, put back module by module."""
-    modes = {module: module.training for module in policy.modules()}
-    policy.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _shape(config: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 
 from lightning_vlm.algorithms.micro import Item
-from lightning_vlm.algorithms.pairs import PairAlgorithm, chosen_only
+from lightning_vlm.algorithms.pairs import PairAlgorithm, chosen_only, of_rejected
 from lightning_vlm.algorithms.totals import Micro, StepTotals
 from lightning_vlm.data.sources.base import hash_unit
 from lightning_vlm.losses.sft import sft
@@ -81,7 +81,7 @@ class SFTC(PairAlgorithm):
     def losses(self, batch: ModelBatch) -> Micro:
         """NLL of the chosen rows, and what the mode adds for the rejected ones."""
         scores = self.policy(batch, uniform=self.mode == "smooth" and self.label_smoothing > 0)
-        negative = self._is_negative(batch)
+        negative = of_rejected(batch)
         terms = sft(scores.logprobs[~negative])
         found = scores.logprobs[negative]
         if self.mode == "smooth":
@@ -165,10 +165,6 @@ class SFTC(PairAlgorithm):
         report = report | {"loss": nll + penalty, "nll": nll, "constraint": penalty, "awake": float(self.awake)}
         report.pop("nll_rejected", None)
         return report | ({} if found is None else {"nll_rejected": found})
-
-    def _is_negative(self, batch: ModelBatch) -> torch.Tensor:
-        rejected = torch.tensor([row.name == "rejected" for row in batch.rows], device=batch.row_index.device)
-        return rejected[batch.row_index]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Whether the constraint acted, too."""

@@ -11,7 +11,7 @@ from lightning_vlm.cli.arguments import Parser
 
 def main(command: str, argv: list[str]) -> int:
     """Answer one prompt, or every line typed; the conversation is kept until an empty line."""
-    parser = Parser(prog=f"lightning-vlm {command}", description="Talk to a model about images; an empty line ends.")
+    parser = Parser(command, description="Talk to a model about images; an empty line ends.")
     parser.add_argument("model", help="model directory, hub id or embedded:NAME")
     parser.add_argument("--image", action="append", default=[], metavar="FILE", help="shown before the first question")
     parser.add_argument("--prompt", help="ask this one question instead of a conversation")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import textwrap
@@ -75,11 +74,10 @@ def _key_value(given: str) -> tuple[str, str]:
 
 def _parser(command: str) -> Parser:
     parser = Parser(
-        prog=f"lightning-vlm {command}",
+        command,
         usage=f"lightning-vlm {command} INPUT INPUT ... [options]",
         description=DESCRIPTION,
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("inputs", nargs="+", metavar="INPUT", help="per-example file, folder with one, or run folder")

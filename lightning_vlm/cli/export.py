@@ -9,9 +9,7 @@ from lightning_vlm.cli.arguments import Parser
 
 def main(command: str, argv: list[str]) -> int:
     """Turn a checkpoint into a Hugging Face model directory."""
-    parser = Parser(
-        prog=f"lightning-vlm {command}", description="Checkpoint to Hugging Face model directory (LoRA merged)."
-    )
+    parser = Parser(command, description="Checkpoint to Hugging Face model directory (LoRA merged).")
     parser.add_argument("checkpoint", help="run_dir/checkpoints/NAME.ckpt, a file or a distributed checkpoint's folder")
     parser.add_argument("--out", required=True, help="directory to make; must not be there")
     parser.add_argument(

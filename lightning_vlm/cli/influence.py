@@ -69,12 +69,7 @@ def main(command: str, argv: list[str]) -> int:
 
 
 def _parser(command: str) -> Parser:
-    parser = Parser(
-        prog=f"lightning-vlm {command}",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(command, description=DESCRIPTION, epilog=EPILOG)
     add = parser.add_argument
     add("model", help="model directory, hub id or embedded:NAME")
     add("--train", required=True, metavar="FILE", help="samples to take a step on, one at a time")

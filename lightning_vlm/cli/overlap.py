@@ -82,12 +82,7 @@ def main(command: str, argv: list[str]) -> int:
 
 
 def _parser(command: str) -> Parser:
-    parser = Parser(
-        prog=f"lightning-vlm {command}",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(command, description=DESCRIPTION, epilog=EPILOG)
     add = parser.add_argument
     add("train", metavar="TRAIN", help="what is trained on")
     add("benchmark", metavar="BENCHMARK", help="what must not be in it")

@@ -45,7 +45,7 @@ class Maker:
 
     def pairs(self, samples: Sequence[Sample]) -> list[list[Pair]]:
         """The pairs of each sample; those without any are counted in `none`."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define pairs()")
 
 
 class Edits(Maker):

@@ -89,12 +89,7 @@ def main(command: str, argv: list[str]) -> int:
 
 
 def _parser(command: str) -> Parser:
-    parser = Parser(
-        prog=f"lightning-vlm {command}",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(command, description=DESCRIPTION, epilog=EPILOG)
     form = parser.add_mutually_exclusive_group(required=True)
     form.add_argument("--answers", nargs="+", type=Path, metavar="FILE", help="a model's answers, to be graded")
     form.add_argument("--edits", action="store_true", help="make captions wrong in one thing")

@@ -30,11 +30,10 @@ def parser(command: str) -> argparse.ArgumentParser:
     """The command's arguments."""
     forms = "\n".join(f"  {name:<11}{kind.help}; rules: {', '.join(kind.rules)}" for name, kind in OFFLINE.items())
     made = Parser(
-        prog=f"lightning-vlm {command}",
+        command,
         description="Score answers that were made elsewhere, with 95 % intervals.\n\nbenchmarks and their files "
         f"(JSON or JSONL; the first rule is the default):\n{forms}",
         epilog=_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.add_argument("benchmark", help=f"one of {', '.join(OFFLINE)}")
     made.add_argument("files", nargs="+", type=Path, metavar="FILE", help="answers; each file is scored by itself")

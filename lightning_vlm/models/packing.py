@@ -90,6 +90,11 @@ def packs(rows: Sequence[Row]) -> list[Pack]:
     return [Pack(group, _first_scored(group[0])) if len(group) > 1 else alone(group[0]) for group in out]
 
 
+def laid_out(rows: Sequence[Row], share_prompts: bool) -> Sequence[Row | Pack]:
+    """Physical rows: one per prompt where prompts are shared, else each row by itself."""
+    return packs(rows) if share_prompts else rows
+
+
 def _first_scored(row: Row) -> int:
     return int(row.loss_mask.int().argmax()) if bool(row.loss_mask.any()) else len(row)
 

@@ -214,6 +214,18 @@ def _check_counts(batch: ModelBatch, placeholders: Tensor) -> None:
 
 
 @contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; afterwards every submodule is in the mode it was in."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes.items():
+            part.training = training
+
+
+@contextmanager
 def _image_seam(inner: PreTrainedModel, batch: ModelBatch) -> Iterator[None]:
     """Lets `inner.get_image_features` answer with the batch's images, each encoded once, in order of occurrence."""
     original = inner.get_image_features

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from lightning_vlm.models.batch import ModelBatch, Row
 from lightning_vlm.models.collate import collate
 from lightning_vlm.models.parts import part_parameters
-from lightning_vlm.models.policy import Policy
+from lightning_vlm.models.policy import Policy, evaluating
 
 Track = Callable[[Sequence[Any], str], Iterable[Any]]
 
@@ -143,7 +143,7 @@ def gradients(policy: Policy, rows: Sequence[Row], *, track: Track = untracked) 
     if not rows:
         raise ValueError("no rows to take gradients of")
     owned = _trainable(policy)
-    with _steady(policy):
+    with evaluating(policy):
         found = [_by_part(owned, log_prob(policy, row)) for row in track(rows, "gradients")]
     return {part: torch.stack([gradient.pop(part) for gradient in found]) for part in owned}
 
@@ -196,7 +196,7 @@ def token_influence(policy: Policy, probe: Row, trained: Row) -> TokenInfluence:
         ValueError: as `gradients`.
     """
     owned = _trainable(policy)
-    with _steady(policy):
+    with evaluating(policy):
         residuals, sizes = zip(*_pulled_tokens(policy, owned, trained), strict=True)
         known = {part: torch.stack([r[part] for r in residuals]) for part in owned}
         rows, beliefs = [], []
@@ -321,17 +321,5 @@ def _columns(dots: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 @torch.no_grad()
 def _values(policy: Policy, rows: Sequence[Row]) -> Tensor:
     """[R] log π of the rows, each scored by itself, so that two calls differ by the weights alone."""
-    with _steady(policy):
+    with evaluating(policy):
         return torch.stack([log_prob(policy, row) for row in rows])
-
-
-@contextmanager
-def _steady(policy: Policy) -> Iterator[None]:
-    """Eval mode inside; afterwards every module is in the mode it was in."""
-    modes = {module: module.training for module in policy.modules()}
-    policy.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training

@@ -13,12 +13,12 @@ from transformers import GenerationConfig, LogitsProcessorList
 
 from lightning_vlm.models.batch import ModelBatch, Row
 from lightning_vlm.models.collate import collate
+from lightning_vlm.models.policy import Policy, evaluating
 
 from .beam import BeamSearch, beam_search
 from .sampling import KeyedSampler, Sampling, draw_key
 
 if TYPE_CHECKING:
-    from lightning_vlm.models.policy import Policy
     from lightning_vlm.models.processor import Processor
 
 
@@ -242,13 +242,10 @@ def _generating(policy: nn.Module) -> Iterator[None]:
     penalty in Qwen2.5-VL's), which would silently change the distribution. Gradient checkpointing rests in evaluation
     mode.
     """
-    modes = {module: module.training for module in policy.modules()}
     own_config = policy.model.generation_config
-    policy.eval()
     policy.model.generation_config = GenerationConfig()
     try:
-        yield
+        with evaluating(policy):
+            yield
     finally:
         policy.model.generation_config = own_config
-        for module, training in modes.items():
-            module.training = training
