@@ -20,7 +20,7 @@ from lightning_vlm.models.policy import Policy
 from lightning_vlm.models.processor import load_processor
 from lightning_vlm.models.spec import Backbone
 from lightning_vlm.models.tiny import TINY_FAMILIES, make_tiny
-from lightning_vlm.rollouts import Completion, HFEngine, Sampling, completion_row
+from lightning_vlm.rollouts import Completion, PolicyEngine, Sampling, completion_row
 
 EMBEDDED = ("embedded:qwen2_5_vl-tiny", "embedded:llava-tiny")
 
@@ -75,7 +75,7 @@ def scored(policy: Policy, prompt: Row, sequences: list[tuple[int, ...]], pad: i
 
 def test_one_beam_is_greedy(made):
     policy, processor, prompts = made
-    engine = HFEngine(policy, processor)
+    engine = PolicyEngine(policy, processor)
     greedy = engine.generate(prompts, sampling=Sampling(max_new_tokens=10), keys=(0, 0))
     found = engine.beams(prompts, beams=1, max_new_tokens=10)
     for (expected,), (beam,) in zip(greedy, found, strict=True):
@@ -92,7 +92,7 @@ def test_enough_beams_find_what_brute_force_finds(made, penalty):
     every = [(*start, end) for t in range(3) for start in product(words, repeat=t) for end in (eos, *words)]
     every = [ids for ids in every if ids[-1] == eos or len(ids) == 3]
     assert len(every) == 1 + 3 + 9 * 4
-    found = HFEngine(policy, few).beams(prompts, beams=64, n=64, max_new_tokens=3, length_penalty=penalty)
+    found = PolicyEngine(policy, few).beams(prompts, beams=64, n=64, max_new_tokens=3, length_penalty=penalty)
     for prompt, beams in zip(prompts, found, strict=True):
         exact = dict(zip(every, scored(policy, prompt, every, few.pad_id), strict=True))
         order = sorted(every, key=lambda ids: -exact[ids] / len(ids) ** penalty)
@@ -119,7 +119,7 @@ def slow_search(policy, prompt, words, eos, pad, beams, length, penalty) -> list
 def test_a_narrow_search_equals_a_slow_one(made, beams, penalty):
     policy, processor, prompts = made
     few, (eos, *words) = only(processor, policy, 8)
-    found = HFEngine(policy, few).beams(prompts, beams=beams, n=beams, max_new_tokens=6, length_penalty=penalty)
+    found = PolicyEngine(policy, few).beams(prompts, beams=beams, n=beams, max_new_tokens=6, length_penalty=penalty)
     ends = 0
     for prompt, best in zip(prompts, found, strict=True):
         expected = slow_search(policy, prompt, words, eos, few.pad_id, beams, 6, penalty)
@@ -131,14 +131,14 @@ def test_a_narrow_search_equals_a_slow_one(made, beams, penalty):
 def test_neighbours_and_padding_do_not_matter(made):
     policy, processor, prompts = made
     search = {"beams": 4, "n": 3, "max_new_tokens": 6}
-    together = HFEngine(policy, processor).beams(prompts, **search)
+    together = PolicyEngine(policy, processor).beams(prompts, **search)
     assert all(len(best) == 3 for best in together)
     for batch_size in (1, 8):  # one prompt at a time, two at a time
-        engine = HFEngine(policy, processor, batch_size=batch_size)
+        engine = PolicyEngine(policy, processor, batch_size=batch_size)
         apart = engine.beams(prompts[::-1], **search)[::-1]
         assert [[b.ids for b in best] for best in apart] == [[b.ids for b in best] for best in together]
     # Fewer are a prefix of more; a prompt that comes twice gets the same twice.
-    again = HFEngine(policy, processor).beams([prompts[2], prompts[0], prompts[2]], beams=4, n=1, max_new_tokens=6)
+    again = PolicyEngine(policy, processor).beams([prompts[2], prompts[0], prompts[2]], beams=4, n=1, max_new_tokens=6)
     assert [best[0].ids for best in again] == [together[p][0].ids for p in (2, 0, 2)]
 
 
@@ -156,7 +156,7 @@ def test_images_are_encoded_once(made, monkeypatch):
 
     monkeypatch.setattr(kind, "get_image_features", counted)
     batch = collate(prompts, policy.family, processor.pad_id)
-    HFEngine(policy, processor).beams(prompts, beams=3, max_new_tokens=4)
+    PolicyEngine(policy, processor).beams(prompts, beams=3, max_new_tokens=4)
     assert seen == [len(batch.pixels.get("image_grid_thw", batch.pixels["pixel_values"]))]
 
 
@@ -166,7 +166,7 @@ def test_banned_ids_never_come_out(made, monkeypatch):
     banned = torch.tensor(sorted(processor.banned_ids))
     handle = policy.head.register_forward_hook(lambda *call: call[-1].index_fill(-1, banned, 1e4))
     try:
-        found = HFEngine(policy, processor).beams(prompts, beams=3, n=3, max_new_tokens=4)
+        found = PolicyEngine(policy, processor).beams(prompts, beams=3, n=3, max_new_tokens=4)
     finally:
         handle.remove()
     for beam in (beam for best in found for beam in best):
@@ -177,7 +177,7 @@ def test_banned_ids_never_come_out(made, monkeypatch):
 def test_where_fewer_sequences_exist_fewer_come_back(made):
     policy, processor, prompts = made
     few, (eos, word) = only(processor, policy, 1)
-    (best,) = HFEngine(policy, few).beams(prompts[:1], beams=9, n=9, max_new_tokens=2)
+    (best,) = PolicyEngine(policy, few).beams(prompts[:1], beams=9, n=9, max_new_tokens=2)
     assert sorted(beam.ids for beam in best) == sorted([[eos], [word, eos], [word, word]])
 
 
@@ -187,7 +187,7 @@ def test_modes_and_random_state_are_left(made):
     policy.head.eval()
     modes = {name: module.training for name, module in policy.named_modules()}
     before = torch.get_rng_state()
-    HFEngine(policy, processor).beams(prompts, beams=2, n=2, max_new_tokens=3)
+    PolicyEngine(policy, processor).beams(prompts, beams=2, n=2, max_new_tokens=3)
     assert modes == {name: module.training for name, module in policy.named_modules()}
     assert torch.equal(before, torch.get_rng_state())
     policy.eval()
@@ -206,12 +206,12 @@ def test_modes_and_random_state_are_left(made):
 def test_bad_arguments(made, wrong, words):
     policy, processor, prompts = made
     with pytest.raises(ValueError, match=words):
-        HFEngine(policy, processor).beams(prompts, **({"beams": 2, "max_new_tokens": 4} | wrong))
-    assert HFEngine(policy, processor).beams([], beams=2, max_new_tokens=4) == []
+        PolicyEngine(policy, processor).beams(prompts, **({"beams": 2, "max_new_tokens": 4} | wrong))
+    assert PolicyEngine(policy, processor).beams([], beams=2, max_new_tokens=4) == []
 
 
 def agree(policy: Policy, processor: object, prompts: list[Row], tolerance: float) -> None:
-    found = HFEngine(policy, processor).beams(prompts, beams=4, n=4, max_new_tokens=8)
+    found = PolicyEngine(policy, processor).beams(prompts, beams=4, n=4, max_new_tokens=8)
     pairs = [(row, beam) for row, best in zip(prompts, found, strict=True) for beam in best]
     assert len(pairs) == 4 * len(prompts)
     with torch.no_grad():
@@ -235,7 +235,7 @@ def test_every_family(name, tmp_path):
     policy, processor, prompts = policy_and_prompts(str(tmp_path / name))
     agree(policy, processor, prompts, tolerance=2e-5)
     (greedy,), (one,) = (
-        HFEngine(policy, processor).generate(prompts[2:3], sampling=Sampling(max_new_tokens=8), keys=(0, 0)),
-        HFEngine(policy, processor).beams(prompts[2:3], beams=1, max_new_tokens=8),
+        PolicyEngine(policy, processor).generate(prompts[2:3], sampling=Sampling(max_new_tokens=8), keys=(0, 0)),
+        PolicyEngine(policy, processor).beams(prompts[2:3], beams=1, max_new_tokens=8),
     )
     assert one[0].ids == greedy[0].ids

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from functools import wraps
 from types import SimpleNamespace
 
@@ -27,8 +29,8 @@ from lightning_vlm.models.policy import Policy
 from lightning_vlm.models.processor import load_processor
 from lightning_vlm.models.spec import Backbone
 from lightning_vlm.models.tiny import TINY_FAMILIES, make_tiny
-from lightning_vlm.rollouts import HFEngine, Sampling, completion_row
-from lightning_vlm.rollouts.sampling import KeyedSampler, draw_key, filter_logits, gumbel_noise
+from lightning_vlm.rollouts import PolicyEngine, Sampling, completion_row
+from lightning_vlm.rollouts.sampling import draw_key, draw_tokens, filter_logits, keyed_uniform
 
 V, PAD, EOS, IMAGE, VIDEO, START, END = 24, 0, 1, 2, 3, 4, 5
 GREEDY = Sampling(max_new_tokens=12)
@@ -38,7 +40,7 @@ SAMPLED = Sampling(max_new_tokens=12, temperature=0.8)
 class Tokens:
     """Decodes ids to words; the special ones vanish."""
 
-    def decode(self, ids, skip_special_tokens):
+    def decode(self, ids, skip_special_tokens=False):
         return " ".join(f"w{i}" for i in ids if not (skip_special_tokens and i <= END))
 
 
@@ -138,7 +140,7 @@ def test_greedy_equals_plain_generate(policy, prompts):
     config = GenerationConfig(
         max_new_tokens=12, do_sample=False, eos_token_id=[EOS], pad_token_id=PAD, suppress_tokens=[IMAGE, VIDEO]
     )
-    engine = HFEngine(policy, PROCESSOR)
+    engine = PolicyEngine(policy, PROCESSOR)
     completions = engine.generate(prompts, sampling=GREEDY, keys=(0, 0))
     for row, (completion,) in zip(prompts, completions, strict=True):
         assert completion.ids == plain_generate(policy, row, config)
@@ -147,32 +149,88 @@ def test_greedy_equals_plain_generate(policy, prompts):
         assert completion.text == " ".join(f"w{i}" for i in completion.ids if i > END)
 
 
+@pytest.mark.parametrize("penalty", [1.7, 0.6])
+def test_a_repetition_penalty_is_that_of_plain_generate(policy, prompts, penalty):
+    config = GenerationConfig(
+        max_new_tokens=12, do_sample=False, eos_token_id=[EOS], pad_token_id=PAD, suppress_tokens=[IMAGE, VIDEO],
+        repetition_penalty=penalty,
+    )  # fmt: skip
+    sampling = Sampling(max_new_tokens=12, repetition_penalty=penalty)
+    engine = PolicyEngine(policy, PROCESSOR)
+    for p, row in enumerate(prompts):  # alone, for padding counts as seen, in plain generate as here
+        ((completion,),) = engine.generate(prompts[p : p + 1], sampling=sampling, keys=(0, 0))
+        assert completion.ids == plain_generate(policy, row, config)
+
+
+def test_a_stop_text_ends_a_completion_and_stays(policy, prompts):
+    """The same completions as without it, cut behind the first token that completes it."""
+    whole = PolicyEngine(policy, PROCESSOR).generate(prompts, n=3, sampling=SAMPLED, keys=(5, 7))
+    words = [completion.text.split() for group in whole for completion in group]
+    stop = max({w for row in words for w in row}, key=lambda w: sum(w in row for row in words))
+    sampling = replace(SAMPLED, stop=[f" {stop} ", f" {stop}"])
+    cut = PolicyEngine(policy, PROCESSOR, batch_size=5).generate(prompts, n=3, sampling=sampling, keys=(5, 7))
+    stopped = 0
+    flat = [[completion for group in groups for completion in group] for groups in (whole, cut)]
+    for before, after in zip(*flat, strict=True):
+        assert after.ids == before.ids[: len(after.ids)] and after.logprobs == before.logprobs[: len(after.ids)]
+        if len(after.ids) < len(before.ids):
+            stopped += 1
+            assert (
+                after.finished
+                and f" {stop}" in after.text
+                and f" {stop}" not in PROCESSOR.tokenizer.decode(after.ids[:-1], skip_special_tokens=True)
+            )
+        else:
+            assert after == before
+    assert stopped
+
+
+def test_prompts_run_once_and_what_has_ended_leaves_the_batch(policy, prompts, monkeypatch):
+    """Rows of each forward: the prompts first, then never more than what is still being written and an eighth."""
+    shapes = []
+    forward = policy.model.forward
+
+    @wraps(forward)
+    def counted(*args, **kwargs):
+        shapes.append(tuple(kwargs["input_ids"].shape))
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(policy.model, "forward", counted)
+    (*groups,) = PolicyEngine(policy, PROCESSOR).generate(prompts, n=6, sampling=SAMPLED, keys=(1, 1))
+    lengths = [len(completion.ids) for group in groups for completion in group]
+    assert shapes[0] == (4, max(map(len, prompts))) and all(width == 1 for _, width in shapes[1:])
+    assert min(lengths) < max(lengths)
+    for step, (rows, _) in enumerate(shapes[1:], 1):
+        alive = sum(length > step for length in lengths)
+        assert alive <= rows <= alive * 8 / 7 + 1
+
+
 def test_draws_do_not_depend_on_the_batch(policy, prompts):
     """Batch size, order, neighbours and global random state leave a completion as it is; seed, step, draw do not."""
-    reference = HFEngine(policy, PROCESSOR).generate(prompts, n=3, sampling=SAMPLED, keys=(5, 7))
+    reference = PolicyEngine(policy, PROCESSOR).generate(prompts, n=3, sampling=SAMPLED, keys=(5, 7))
     assert len({tuple(c.ids) for c in reference[2]}) > 1
     torch.manual_seed(123)
     for batch_size in (1, 2, 5):
-        other = HFEngine(policy, PROCESSOR, batch_size=batch_size).generate(
+        other = PolicyEngine(policy, PROCESSOR, batch_size=batch_size).generate(
             prompts[::-1], n=3, sampling=SAMPLED, keys=(5, 7)
         )
         assert [[c.ids for c in group] for group in other[::-1]] == [[c.ids for c in group] for group in reference]
-    alone = HFEngine(policy, PROCESSOR).generate(prompts[2:3], n=2, sampling=SAMPLED, keys=(5, 7))
+    alone = PolicyEngine(policy, PROCESSOR).generate(prompts[2:3], n=2, sampling=SAMPLED, keys=(5, 7))
     assert [c.ids for c in alone[0]] == [c.ids for c in reference[2][:2]]
     for keys in ((5, 8), (6, 7)):
-        changed = HFEngine(policy, PROCESSOR).generate(prompts, n=3, sampling=SAMPLED, keys=keys)
+        changed = PolicyEngine(policy, PROCESSOR).generate(prompts, n=3, sampling=SAMPLED, keys=keys)
         assert [[c.ids for c in group] for group in changed] != [[c.ids for c in group] for group in reference]
 
 
 def test_generation_leaves_the_global_random_state_alone(policy, prompts):
     before = torch.get_rng_state()
-    HFEngine(policy, PROCESSOR).generate(prompts, n=2, sampling=SAMPLED, keys=(0, 0))
+    PolicyEngine(policy, PROCESSOR).generate(prompts, n=2, sampling=SAMPLED, keys=(0, 0))
     assert torch.equal(before, torch.get_rng_state())
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 def test_logprobs_equal_a_teacher_forced_forward(policy, prompts, sampling):
-    engine = HFEngine(policy, PROCESSOR, batch_size=3)
+    engine = PolicyEngine(policy, PROCESSOR, batch_size=3)
     groups = engine.generate(prompts, n=2, sampling=sampling, keys=(1, 2))
     for row, group in zip(prompts, groups, strict=True):
         for completion in group:
@@ -183,6 +241,8 @@ def test_logprobs_equal_a_teacher_forced_forward(policy, prompts, sampling):
             assert labels.tolist() == completion.ids
             expected = logits.log_softmax(-1).gather(1, labels[:, None])[:, 0]
             torch.testing.assert_close(torch.tensor(completion.logprobs).double(), expected, atol=2e-5, rtol=0)
+            entropies = torch.distributions.Categorical(logits=logits).entropy()
+            torch.testing.assert_close(torch.tensor(completion.entropies).double(), entropies, atol=2e-5, rtol=0)
             banned = logits.index_fill(1, torch.tensor([IMAGE, VIDEO]), -torch.inf).log_softmax(-1)
             expected = banned.gather(1, labels[:, None])[:, 0]
             torch.testing.assert_close(torch.tensor(completion.sampling_logprobs).double(), expected, atol=2e-5, rtol=0)
@@ -200,7 +260,7 @@ def test_banned_ids_never_come_out(policy, prompts, monkeypatch):
 
     monkeypatch.setattr(policy.model, "forward", pushed)
     for sampling in (GREEDY, SAMPLED, Sampling(max_new_tokens=12, temperature=1.0, top_k=1)):
-        for group in HFEngine(policy, PROCESSOR).generate(prompts, n=2, sampling=sampling, keys=(0, 0)):
+        for group in PolicyEngine(policy, PROCESSOR).generate(prompts, n=2, sampling=sampling, keys=(0, 0)):
             for completion in group:
                 assert not {IMAGE, VIDEO} & set(completion.ids)
                 assert (
@@ -209,18 +269,16 @@ def test_banned_ids_never_come_out(policy, prompts, monkeypatch):
 
 
 def test_modes_and_settings_are_put_back(policy, prompts):
-    own = policy.model.generation_config
     policy.train()
     policy.model.lm_head.eval()
     policy.model.gradient_checkpointing_enable({"use_reentrant": False})
     modes = {name: module.training for name, module in policy.named_modules()}
-    checkpointed = HFEngine(policy, PROCESSOR).generate(prompts, sampling=GREEDY, keys=(0, 0))
+    checkpointed = PolicyEngine(policy, PROCESSOR).generate(prompts, sampling=GREEDY, keys=(0, 0))
     assert modes == {name: module.training for name, module in policy.named_modules()}
-    assert policy.model.generation_config is own
     assert policy.model.is_gradient_checkpointing
     policy.model.gradient_checkpointing_disable()
     policy.eval()
-    assert checkpointed == HFEngine(policy, PROCESSOR).generate(prompts, sampling=GREEDY, keys=(0, 0))
+    assert checkpointed == PolicyEngine(policy, PROCESSOR).generate(prompts, sampling=GREEDY, keys=(0, 0))
 
 
 def test_context_surrounds_the_generation(policy, prompts):
@@ -236,17 +294,17 @@ def test_context_surrounds_the_generation(policy, prompts):
         def __exit__(self, *_):
             events.append("exit")
 
-    HFEngine(policy, PROCESSOR, batch_size=1, context=Gathered).generate(prompts, sampling=GREEDY, keys=(0, 0))
+    PolicyEngine(policy, PROCESSOR, batch_size=1, context=Gathered).generate(prompts, sampling=GREEDY, keys=(0, 0))
     assert events == ["enter", "exit"]
 
 
 def test_no_prompts_and_bad_arguments(policy, prompts):
-    engine = HFEngine(policy, PROCESSOR)
+    engine = PolicyEngine(policy, PROCESSOR)
     assert engine.generate([], sampling=GREEDY, keys=(0, 0)) == []
     with pytest.raises(ValueError, match="at least 1"):
         engine.generate(prompts, n=0, sampling=GREEDY, keys=(0, 0))
     with pytest.raises(ValueError, match="batch_size"):
-        HFEngine(policy, PROCESSOR, batch_size=0)
+        PolicyEngine(policy, PROCESSOR, batch_size=0)
 
 
 @pytest.mark.parametrize("name", TINY_FAMILIES)
@@ -267,8 +325,8 @@ def test_every_family_with_its_own_processor(name, tmp_path):
             ("two", [text("x"), image(), text("and"), image(), text("compare")], [b, a]),
         )
     ]
-    together = HFEngine(policy, processor).generate(rows, n=2, sampling=SAMPLED, keys=(0, 0))
-    apart = HFEngine(policy, processor, batch_size=1).generate(rows, n=2, sampling=SAMPLED, keys=(0, 0))
+    together = PolicyEngine(policy, processor).generate(rows, n=2, sampling=SAMPLED, keys=(0, 0))
+    apart = PolicyEngine(policy, processor, batch_size=1).generate(rows, n=2, sampling=SAMPLED, keys=(0, 0))
     assert [[c.ids for c in group] for group in together] == [[c.ids for c in group] for group in apart]
     pairs = [(row, completion) for row, group in zip(rows, together, strict=True) for completion in group]
     batch = collate([completion_row(*pair) for pair in pairs], policy.family, processor.pad_id)
@@ -282,15 +340,20 @@ def test_every_family_with_its_own_processor(name, tmp_path):
 # --- the draw itself -------------------------------------------------------------------------------------------------
 
 
-def test_gumbel_noise_is_standard_gumbel_and_stateless():
-    """F(x) = exp(-exp(-x)); neighbouring rows and positions are uncorrelated; a row is the same alone."""
-    keys = torch.tensor([draw_key(0, 0, "row", d) for d in range(4)])
-    noise = torch.stack([gumbel_noise(keys, t, 20_000) for t in range(2)]).reshape(8, -1)
-    for row in noise:
-        assert kstest(row.numpy(), "gumbel_r").pvalue > 1e-3
-    correlation = torch.corrcoef(noise) - torch.eye(8, dtype=torch.double)
-    assert correlation.abs().max() < 5 / 20_000**0.5
-    assert torch.equal(gumbel_noise(keys[2:3], 1, 20_000)[0], noise[6])
+def test_uniform_numbers_are_uniform_and_stateless():
+    """F(x) = x over draws and over positions; neighbours are uncorrelated; a row is the same alone."""
+    keys = torch.tensor([draw_key(0, 0, "row", d) for d in range(20_000)])
+    numbers = torch.stack([keyed_uniform(keys, t) for t in range(4)])
+    assert numbers.min() >= 0 and numbers.max() < 1
+    for row in numbers:
+        assert kstest(row.numpy(), "uniform").pvalue > 1e-3
+    along = torch.stack([keyed_uniform(keys[:3], t) for t in range(20_000)], 1)
+    for row in along:
+        assert kstest(row.numpy(), "uniform").pvalue > 1e-3
+    for table in (numbers, along):
+        correlation = torch.corrcoef(table) - torch.eye(len(table), dtype=torch.double)
+        assert correlation.abs().max() < 5 / 20_000**0.5
+    assert keyed_uniform(keys[2:3], 1) == numbers[1, 2]
 
 
 def test_splitmix_known_answers():
@@ -330,14 +393,71 @@ def test_frequencies_follow_the_exact_distribution(sampling):
 
     n = 20_000
     keys = torch.tensor([draw_key(3, 1, "x", d) for d in range(n)])
-    sampler = KeyedSampler(sampling, keys, banned={4})
     logits = torch.cat([p.log(), torch.tensor([9.0])]).float().expand(n, 5)
-    drawn = sampler(torch.zeros(n, 1, dtype=torch.long), logits).argmax(-1)
+    out = draw_tokens(logits, sampling, keyed_uniform(keys, 0), torch.tensor([4]))
+    drawn = out.tokens
     counts = torch.bincount(drawn, minlength=5).double()
     assert counts[4] == 0 and counts[:4][~keep].sum() == 0
     assert chisquare(counts[:4][keep], exact[keep] * n).pvalue > 1e-3
-    chosen = torch.tensor(sampler.sampling_logprobs())[:, 0].double()
-    torch.testing.assert_close(chosen, exact[drawn].log(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(out.sampling_logprobs, exact[drawn].log(), atol=1e-5, rtol=0)
+    full = (logits[0].double() / sampling.temperature).log_softmax(-1)
+    torch.testing.assert_close(out.logprobs, full[drawn], atol=1e-5, rtol=0)
+    torch.testing.assert_close(out.entropies, -(full.exp() * full).sum().expand(n), atol=1e-5, rtol=0)
+
+
+def test_frequencies_over_a_vocabulary_of_many_blocks():
+    """χ² of 60,000 draws over 300 tokens, some of mass 0, among them whole blocks and both ends."""
+    torch.manual_seed(0)
+    p = torch.rand(300, dtype=torch.double)
+    p[:3] = p[128:256] = p[-2:] = 0
+    p /= p.sum()
+    n = 60_000
+    keys = torch.tensor([draw_key(1, 2, "y", d) for d in range(n)])
+    logits = p.log().float().expand(n, 300)
+    drawn = torch.cat(
+        [
+            draw_tokens(
+                part, Sampling(temperature=1.0), keyed_uniform(own, 5), torch.tensor([], dtype=torch.long)
+            ).tokens
+            for part, own in zip(logits.split(5000), keys.split(5000), strict=True)
+        ]
+    )
+    counts = torch.bincount(drawn, minlength=300).double()
+    assert counts[p == 0].sum() == 0
+    assert chisquare(counts[p > 0], p[p > 0] * n).pvalue > 1e-3
+
+
+def test_a_million_draws_never_give_a_banned_placeholder():
+    """Its logit is the largest, by little and by far; the edges of the uniform numbers are among the draws."""
+    torch.manual_seed(0)
+    banned = torch.tensor([151, 299])
+    for lead in (1.0, 1e3):
+        logits = torch.randn(1000, 300)
+        logits[:, banned] = logits.max() + lead
+        for step in range(500):
+            uniform = keyed_uniform(torch.arange(1000), step)
+            uniform[:2] = torch.tensor([0.0, 1 - 2.0**-53])
+            out = draw_tokens(logits, Sampling(temperature=1.0), uniform, banned)
+            assert not torch.isin(out.tokens, banned).any()
+            assert out.sampling_logprobs.isfinite().all() and out.entropies.isfinite().all()
+
+
+def test_entropies_and_the_mass_that_is_kept():
+    """p = (.4, .3, .2, .1) with the last banned: entropy of the whole, log-probs of the whole and of what is left."""
+    p = torch.tensor([[0.4, 0.3, 0.2, 0.1]])
+    out = draw_tokens(p.log(), Sampling(temperature=1.0), torch.tensor([0.5], dtype=torch.double), torch.tensor([3]))
+    # .5 · .9 = .45 lies in the second token's share, (.4, .7].
+    assert out.tokens.tolist() == [1]
+    expected = -sum(x * math.log(x) for x in (0.4, 0.3, 0.2, 0.1))
+    assert out.entropies.item() == pytest.approx(expected, abs=1e-6)
+    assert out.logprobs.item() == pytest.approx(math.log(0.3), abs=1e-6)
+    assert out.sampling_logprobs.item() == pytest.approx(math.log(0.3 / 0.9), abs=1e-6)
+
+
+def test_a_nucleus_wider_than_what_is_sorted_first():
+    """Flat logits over 3,000 tokens: .9 of them stay."""
+    kept = filter_logits(torch.linspace(0, 1e-4, 3000)[None], Sampling(temperature=1.0, top_p=0.9)).isfinite()
+    assert 2690 < int(kept.sum()) < 2710 and bool(kept[0, -1]) and not bool(kept[0, 0])
 
 
 def test_filters_against_a_slow_oracle():
@@ -369,6 +489,9 @@ def test_filters_against_a_slow_oracle():
         {"temperature": 1.0, "min_p": 2.0},
         {"top_p": 0.9},
         {"top_k": 5},
+        {"repetition_penalty": 0.0},
+        {"stop": "text"},
+        {"stop": [""]},
     ],
     ids=str,
 )

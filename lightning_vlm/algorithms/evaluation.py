@@ -22,7 +22,7 @@ from lightning_vlm.metrics.records import Records
 from lightning_vlm.models.batch import ModelBatch, Row
 from lightning_vlm.models.collate import collate
 from lightning_vlm.models.packing import Pack, laid_out
-from lightning_vlm.rollouts import HFEngine, Sampling
+from lightning_vlm.rollouts import PolicyEngine, Sampling
 from lightning_vlm.strategies.sync import unsharded
 
 
@@ -72,7 +72,7 @@ class EvaluationMixin:
         self._weights = ExitStack()
         self._weights.enter_context(unsharded(self.policy))
         batch_size = getattr(self.trainer.datamodule, "eval_batch_size", 64)
-        self._engine = HFEngine(self.policy, self.processor, batch_size=batch_size)
+        self._engine = PolicyEngine(self.policy, self.processor, batch_size=batch_size)
 
     def _start_evaluation(self) -> None:
         data = self.trainer.datamodule

@@ -12,7 +12,7 @@ from lightning_vlm.data.schema import Sample
 from lightning_vlm.data.sources.base import hash_unit
 from lightning_vlm.data.sources.spec import one_of
 from lightning_vlm.models.batch import Row
-from lightning_vlm.rollouts import Completion, HFEngine, Sampling, completion_row, prompt_of
+from lightning_vlm.rollouts import Completion, PolicyEngine, Sampling, completion_row, prompt_of
 
 KINDS = ("data", "on_policy", "beam")
 
@@ -104,7 +104,7 @@ class Negatives:
 
 def generate(
     negatives: Negatives,
-    engine: HFEngine,
+    engine: PolicyEngine,
     items: Sequence[Item],
     samples: Sequence[Sample],
     *,
@@ -140,7 +140,7 @@ def generate(
 
 
 def _answers(
-    negatives: Negatives, engine: HFEngine, kind: str, prompts: list[Row], keys: tuple[int, int]
+    negatives: Negatives, engine: PolicyEngine, kind: str, prompts: list[Row], keys: tuple[int, int]
 ) -> list[list[Completion]]:
     if not prompts:
         return []

@@ -14,7 +14,7 @@ from lightning_vlm.algorithms.negatives import Negatives, generate
 from lightning_vlm.data.loading import StepBatch
 from lightning_vlm.models.batch import ModelBatch
 from lightning_vlm.models.policy import Scores
-from lightning_vlm.rollouts import HFEngine
+from lightning_vlm.rollouts import PolicyEngine
 from lightning_vlm.strategies.sync import max_over_ranks, sum_over_ranks, unsharded
 
 
@@ -56,7 +56,7 @@ class PairAlgorithm(Algorithm):
     def _with_negatives(self, batch: StepBatch, steps: list[int]) -> tuple[list[Item], list[int]]:
         size = getattr(self.trainer.datamodule, "eval_batch_size", 64)
         with unsharded(self.policy):
-            engine = HFEngine(self.policy, self.processor, batch_size=size)
+            engine = PolicyEngine(self.policy, self.processor, batch_size=size)
             items, counts = generate(
                 self.negatives, engine, batch.items, batch.samples, seed=self.seed, step=self.clock
             )

@@ -18,7 +18,7 @@ from lightning_vlm.data.loading import StepBatch
 from lightning_vlm.losses.kernel import TokenScores, divergences, token_scores
 from lightning_vlm.models.batch import ModelBatch, Row
 from lightning_vlm.models.policy import HeadInput, Policy
-from lightning_vlm.rollouts import HFEngine, prompt_of
+from lightning_vlm.rollouts import PolicyEngine, prompt_of
 
 START_FILE = "start.safetensors"
 Record = dict[str, Any]
@@ -127,7 +127,7 @@ class Prober:
         self,
         probe: Probe,
         policy: Policy,
-        engine: HFEngine,
+        engine: PolicyEngine,
         *,
         micro_batches: Callable[[list[list[Row]]], Iterator[ModelBatch]],
         keys: tuple[int, int],

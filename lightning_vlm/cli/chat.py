@@ -57,14 +57,14 @@ class Chat:
         from lightning_vlm.models.policy import Policy
         from lightning_vlm.models.processor import load_processor
         from lightning_vlm.models.spec import Backbone
-        from lightning_vlm.rollouts.engine import HFEngine
+        from lightning_vlm.rollouts.engine import PolicyEngine
         from lightning_vlm.rollouts.sampling import Sampling
 
         backbone = Backbone(path=args.model, dtype=args.dtype)
         processor = load_processor(backbone)
         model = load_model(backbone).to("cuda" if torch.cuda.is_available() else "cpu").eval()
         self.encoder = Encoder(processor, max_length=1 << 20)
-        self.engine = HFEngine(Policy(model, family_of(model)), processor)
+        self.engine = PolicyEngine(Policy(model, family_of(model)), processor)
         self.sampling = Sampling(max_new_tokens=args.max_new_tokens, temperature=args.temperature)
         self.images = [load_image(file) for file in args.image]
         self.seed = args.seed

@@ -1,4 +1,4 @@
 """Generation: sampling settings, beam search and the engines that sample from a policy."""
 
-from .engine import Completion, Engine, HFEngine, completion_row, prompt_of
+from .engine import Completion, Engine, PolicyEngine, completion_row, prompt_of
 from .sampling import Sampling

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from .decode import next_positions
+
 if TYPE_CHECKING:
     from lightning_vlm.models.batch import ModelBatch
     from lightning_vlm.models.policy import Policy
@@ -104,7 +106,7 @@ def beam_search(
         out = policy.model(**inputs, use_cache=True, logits_to_keep=1)
     beams = _prompts_alone(len(batch.input_ids), device)
     beams, rows_L = _advance(beams, out.logits[:, -1], search, eos_ids, banned_ids)
-    next_P = _next_positions(inputs["position_ids"], batch.attention_mask)
+    next_P = next_positions(inputs["position_ids"], batch.attention_mask)
     for step in range(search.max_new_tokens - 1):
         if not len(rows_L):
             break
@@ -136,12 +138,6 @@ def _prompts_alone(prompts: int, device: torch.device) -> _Beams:
         logprobs=nothing,
         sampling_logprobs=nothing,
     )
-
-
-def _next_positions(positions: Tensor, mask: Tensor) -> Tensor:
-    """[P] position of the first new token: one behind the largest of the prompt, over all axes of M-RoPE."""
-    axes = positions if positions.ndim == 3 else positions[None]
-    return axes.masked_fill(mask == 0, -1).amax((0, 2)) + 1
 
 
 def _advance(

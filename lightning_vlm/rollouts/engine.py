@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import nn
-from transformers import GenerationConfig, LogitsProcessorList
 
 from lightning_vlm.models.batch import ModelBatch, Row
 from lightning_vlm.models.collate import collate
 from lightning_vlm.models.policy import Policy, evaluating
 
 from .beam import BeamSearch, beam_search
-from .sampling import KeyedSampler, Sampling, draw_key
+from .decode import decode
+from .sampling import Sampling, draw_key
 
 if TYPE_CHECKING:
     from lightning_vlm.models.processor import Processor
@@ -29,10 +28,10 @@ class Completion:
     Attributes:
         ids: token ids, up to and including the end-of-turn token where there is one.
         text: the ids decoded, without special tokens.
-        finished: whether it ended by an end-of-turn token; False when it was cut at `max_new_tokens`.
+        finished: whether it ended by an end-of-turn token or a stop text; False when it was cut at `max_new_tokens`.
         logprobs: per id, nats, full softmax at the sampling temperature (1 for greedy): what a trainer recomputes.
-        sampling_logprobs: per id, nats, after banned ids and top-k/top-p/min-p were removed: what importance
-            correction uses.
+        sampling_logprobs: per id, nats, after penalty, bans and top-k/top-p/min-p: what importance correction uses.
+        entropies: per id, nats, of the full softmax at the sampling temperature; empty where the engine does not say.
     """
 
     ids: list[int]
@@ -40,6 +39,7 @@ class Completion:
     finished: bool
     logprobs: list[float]
     sampling_logprobs: list[float]
+    entropies: list[float] = field(default_factory=list)
 
 
 def prompt_of(row: Row) -> Row:
@@ -81,11 +81,11 @@ class Engine(Protocol):
         ...
 
 
-class HFEngine:
-    """Hugging Face's generate behind the engine's interface, in this process.
+class PolicyEngine:
+    """Generates with the policy itself, in this process: images once, prompts once, keys and values kept.
 
     Args:
-        policy: the policy; its Hugging Face model generates, with images encoded once per distinct image.
+        policy: the policy; its Hugging Face model runs, with images encoded once per distinct image of a batch.
         processor: gives the end-of-turn, padding and banned ids, and decodes.
         batch_size: sequences (prompts × n, prompts × beams) generated together. Changes speed and memory, not what is
             drawn.
@@ -122,16 +122,14 @@ class HFEngine:
         """
         _check(prompts, n)
         draws = 1 if sampling.greedy else n  # greedy draws of one prompt are one and the same
-        # By length, so that a batch pads little; longest first, so that too large a batch shows at once.
-        jobs = sorted(((p, d) for p in range(len(prompts)) for d in range(draws)), key=lambda j: -len(prompts[j[0]]))
+        jobs = [(p, d) for p in _order(prompts) for d in range(draws)]
         done: dict[tuple[int, int], Completion] = {}
-        with torch.no_grad(), self.context(self.policy), _generating(self.policy), self._bar(len(jobs)) as bar:
+        with torch.no_grad(), self.context(self.policy), evaluating(self.policy), self._bar(len(jobs)) as bar:
             for start in range(0, len(jobs), self.batch_size):
-                batch = jobs[start : start + self.batch_size]
-                rows = [prompts[p] for p, _ in batch]
-                draw_keys = [draw_key(*keys, prompts[p].id, d) for p, d in batch]
-                done.update(zip(batch, self._generate(rows, draw_keys, sampling), strict=True))
-                bar.update(len(batch))
+                some = jobs[start : start + self.batch_size]
+                draw_keys = [draw_key(*keys, prompts[p].id, d) for p, d in some]
+                completions = self._generate(prompts, [p for p, _ in some], draw_keys, sampling, bar.update)
+                done.update(zip(some, completions, strict=True))
         return [[done[p, d % draws] for d in range(n)] for p in range(len(prompts))]
 
     def beams(
@@ -166,7 +164,7 @@ class HFEngine:
         found: list[list[Completion]] = [[] for _ in prompts]
         order = sorted(range(len(prompts)), key=lambda p: -len(prompts[p]))
         together = max(1, self.batch_size // beams)
-        with torch.no_grad(), self.context(self.policy), _generating(self.policy), self._bar(len(order)) as bar:
+        with torch.no_grad(), self.context(self.policy), evaluating(self.policy), self._bar(len(order)) as bar:
             for start in range(0, len(order), together):
                 some = order[start : start + together]
                 batch = self._collate([prompts[p] for p in some])
@@ -180,43 +178,55 @@ class HFEngine:
         device = next(self.policy.model.parameters()).device
         return collate(rows, self.policy.family, self.processor.pad_id, side="left").to(device)
 
-    def _generate(self, rows: list[Row], draw_keys: list[int], sampling: Sampling) -> list[Completion]:
-        model, processor = self.policy.model, self.processor
-        batch = self._collate(rows)
-        draw_keys = torch.tensor(draw_keys, device=batch.input_ids.device)
-        sampler = KeyedSampler(sampling, draw_keys, processor.banned_ids)
-        config = GenerationConfig(
-            max_new_tokens=sampling.max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            use_cache=True,
-            eos_token_id=sorted(processor.eos_ids),
-            pad_token_id=processor.pad_id,
+    def _generate(
+        self,
+        prompts: Sequence[Row],
+        chosen: list[int],
+        draw_keys: list[int],
+        sampling: Sampling,
+        done: Callable[[int], Any],
+    ) -> list[Completion]:
+        """One completion per entry of `chosen`, which prompts they continue; each prompt runs once."""
+        places = {p: place for place, p in enumerate(dict.fromkeys(chosen))}
+        batch = self._collate([prompts[p] for p in places])
+        device = batch.input_ids.device
+        out = decode(
+            self.policy,
+            batch,
+            torch.tensor([places[p] for p in chosen], device=device),
+            torch.tensor(draw_keys, device=device),
+            sampling,
+            eos=self.processor.eos_ids,
+            banned=self.processor.banned_ids,
+            text=self._text,
+            done=done,
         )
-        with self.policy.inputs(batch) as inputs:
-            output = model.generate(
-                **inputs,
-                generation_config=config,
-                logits_processor=LogitsProcessorList([sampler]),
-                # Weights are whole here (`context`), so ranks need not generate in step.
-                synced_gpus=False,
-            )
-        new_ids = output[:, batch.input_ids.shape[1] :].tolist()
-        logprobs, sampling_logprobs = sampler.logprobs(), sampler.sampling_logprobs()
-        return [self._completion(*row) for row in zip(new_ids, logprobs, sampling_logprobs, strict=True)]
+        values = zip(*(part.tolist() for part in out[2:]), strict=True)
+        return [
+            self._completion(*(part[:length] for part in row), finished=finished)
+            for length, finished, row in zip(out.lengths, out.ended, values, strict=True)
+        ]
 
-    def _completion(self, ids: list[int], logprobs: list[float], sampling_logprobs: list[float]) -> Completion:
-        """Cuts a padded row behind its first end-of-turn token."""
-        end = next((i for i, token in enumerate(ids) if token in self.processor.eos_ids), None)
-        length = len(ids) if end is None else end + 1
-        text_ids = ids[:length] if end is None else ids[:end]
+    def _completion(
+        self,
+        ids: list[int],
+        logprobs: list[float],
+        sampling_logprobs: list[float],
+        entropies: Sequence[float] = (),
+        finished: bool | None = None,
+    ) -> Completion:
+        ended = bool(ids) and ids[-1] in self.processor.eos_ids
         return Completion(
-            ids=ids[:length],
-            text=self.processor.tokenizer.decode(text_ids, skip_special_tokens=True),
-            finished=end is not None,
-            logprobs=logprobs[:length],
-            sampling_logprobs=sampling_logprobs[:length],
+            ids=ids,
+            text=self._text(ids[:-1] if ended else ids),
+            finished=ended if finished is None else finished,
+            logprobs=logprobs,
+            sampling_logprobs=sampling_logprobs,
+            entropies=list(entropies),
         )
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return self.processor.tokenizer.decode(ids, skip_special_tokens=True)
 
     def _bar(self, total: int) -> Any:
         from tqdm import tqdm
@@ -234,18 +244,13 @@ def _check(prompts: Sequence[Row], n: int) -> None:
             raise ValueError(f"prompt {row.id!r} is empty: nothing to continue")
 
 
-@contextmanager
-def _generating(policy: nn.Module) -> Iterator[None]:
-    """Evaluation mode and neutral generation settings for the policy's model; everything is put back afterwards.
+def _order(prompts: Sequence[Row]) -> list[int]:
+    """Prompts of the same images together, so that these are encoded once; else by length, so that little is padded.
 
-    `generate` fills what its config leaves open from the model directory's own generation settings (a repetition
-    penalty in Qwen2.5-VL's), which would silently change the distribution. Gradient checkpointing rests in evaluation
-    mode.
+    Longest first, so that too large a batch shows at once.
     """
-    own_config = policy.model.generation_config
-    policy.model.generation_config = GenerationConfig()
-    try:
-        with evaluating(policy):
-            yield
-    finally:
-        policy.model.generation_config = own_config
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for p, row in enumerate(prompts):
+        groups.setdefault(tuple(image.key for image in row.images) or (f"#{p}",), []).append(p)
+    ordered = sorted(groups.values(), key=lambda group: -max(len(prompts[p]) for p in group))
+    return [p for group in ordered for p in group]

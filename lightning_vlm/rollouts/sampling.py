@@ -1,25 +1,27 @@
 """How tokens are drawn: settings, and the keyed draw itself.
 
-Shape suffixes: B rows of a generation batch, V vocabulary.
+Shape suffixes: B rows of a generation batch, V vocabulary, T tokens seen so far, K banned ids.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
-from transformers import LogitsProcessor
+from torch import Tensor
 
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as signed 64 bit, SplitMix64's increment
+_BLOCK = 128  # tokens whose probabilities are added up before the inverse of the CDF is looked for among blocks
+_HEAD = 1024  # tokens that are sorted first to find a nucleus, which seldom has more
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """Settings of a generation.
 
-    Filters apply in the order temperature, top-k, top-p, min-p, as in Hugging Face's generate.
+    They apply in the order repetition penalty, temperature, top-k, top-p, min-p, as in Hugging Face's generate.
 
     Args:
         max_new_tokens: longest completion in tokens, end-of-turn token included.
@@ -27,6 +29,9 @@ class Sampling:
         top_p: keep the smallest set of tokens whose probability reaches this; 1 keeps all.
         top_k: keep the k most likely tokens; 0 keeps all.
         min_p: keep tokens at least this fraction as likely as the most likely one; 0 keeps all.
+        repetition_penalty: logits of tokens that stand in the prompt or the completion are divided by this where
+            positive and multiplied where negative (Keskar et al. 2019); 1 is off.
+        stop: texts that end a completion, which keeps them, as soon as it contains one of them.
     """
 
     max_new_tokens: int = 256
@@ -34,6 +39,8 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    stop: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -46,7 +53,11 @@ class Sampling:
             raise ValueError(f"top_k must be 0 (off) or positive, got {self.top_k}")
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p must lie in [0, 1], got {self.min_p}")
-        if self.greedy and (self.top_p < 1 or self.top_k or self.min_p):
+        if self.repetition_penalty <= 0:
+            raise ValueError(f"repetition_penalty must be positive (1 is off), got {self.repetition_penalty}")
+        if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
+            raise ValueError(f"stop must be a list of texts, none of them empty, got {self.stop!r}")
+        if self.greedy and self.filtered:
             raise ValueError(
                 "top_p, top_k and min_p have no effect with temperature 0 (greedy): drop them or set temperature"
             )
@@ -56,6 +67,11 @@ class Sampling:
         """Whether the most likely token is taken instead of a draw."""
         return self.temperature == 0
 
+    @property
+    def filtered(self) -> bool:
+        """Whether top-p, top-k or min-p take tokens out."""
+        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
+
 
 def draw_key(seed: int, step: int, row_id: str, draw: int) -> int:
     """Signed 64-bit key of one completion: a hash of what names it, and of nothing else."""
@@ -63,86 +79,156 @@ def draw_key(seed: int, step: int, row_id: str, draw: int) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big", signed=True)
 
 
-def gumbel_noise(keys_B: torch.Tensor, position: int, vocabulary: int) -> torch.Tensor:
-    """Standard Gumbel noise as a function of (key, position, token) alone: a counter-based generator without state.
+def keyed_uniform(keys_B: Tensor, position: int) -> Tensor:
+    """Uniform numbers in [0, 1) as a function of (key, position) alone: a counter-based generator without state.
 
-    Entry (b, v) is output v of a SplitMix64 stream that is seeded by output `position` of the row's own stream. Integer
+    Entry b is output `position` of the SplitMix64 stream that is seeded by the row's key, in 53 bits. Integer
     arithmetic is exact, so CPU and GPU draw the same numbers, and no row depends on its neighbours.
 
     Args:
         keys_B: [B] int64, one per row (`draw_key`).
         position: index of the token within the completion.
-        vocabulary: V.
 
     Returns:
-        [B, V] float64.
+        [B] float64.
     """
-    seeds_B1 = _splitmix(keys_B + (position + 1) * _GOLDEN_TENSOR.to(keys_B.device))[:, None]
-    counters_V = torch.arange(1, vocabulary + 1, device=keys_B.device) * _GOLDEN_TENSOR.to(keys_B.device)
-    bits_BV = _shift(_splitmix(seeds_B1 + counters_V), 11)  # 53 random bits
-    return -torch.log(-torch.log((bits_BV.double() + 0.5) * 2.0**-53))
+    bits_B = _shift(_splitmix(keys_B + (position + 1) * _GOLDEN_TENSOR.to(keys_B.device)), 11)
+    return bits_B.double() * 2.0**-53
 
 
 _GOLDEN_TENSOR = torch.tensor(_GOLDEN)
 
 
-def _shift(x: torch.Tensor, bits: int) -> torch.Tensor:
+def _shift(x: Tensor, bits: int) -> Tensor:
     """Logical right shift of int64 (torch shifts in copies of the sign)."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def _splitmix(x: torch.Tensor) -> torch.Tensor:
+def _splitmix(x: Tensor) -> Tensor:
     """SplitMix64's finaliser (Steele, Lea, Flood 2014) on int64 with wrap-around."""
     x = (x ^ _shift(x, 30)) * -4658895280553007687  # 0xBF58476D1CE4E5B9
     x = (x ^ _shift(x, 27)) * -7723592293110705685  # 0x94D049BB133111EB
     return x ^ _shift(x, 31)
 
 
-class KeyedSampler(LogitsProcessor):
-    """Bans, filters and draws; Hugging Face's argmax over what it returns takes the drawn token.
+class Drawn(NamedTuple):
+    """One token per row.
 
-    By the Gumbel-max trick, argmax(log p + noise) is a draw from p. The log-probs of every drawn token are kept as they
-    arise: `logprobs` under the full softmax at the sampling temperature (1 for greedy), `sampling_logprobs` under what
-        is
-    left after bans and filters. Their difference is the log of the mass that was kept.
-
-    Args:
-        sampling: the settings.
-        keys: [B] int64, one per row of the batch.
-        banned: ids that are never drawn, not even when they are the most likely.
+    Attributes:
+        tokens: [B] int64.
+        logprobs: [B] float64, nats, under the full softmax at the sampling temperature (1 for greedy).
+        sampling_logprobs: [B] float64, nats, under what is left after penalty, bans and filters. Without a penalty the
+            difference to `logprobs` is minus the log of the mass that was kept.
+        entropies: [B] float64, nats, of the full softmax at the sampling temperature.
     """
 
-    def __init__(self, sampling: Sampling, keys: torch.Tensor, banned: Collection[int]) -> None:
-        self.sampling, self.keys = sampling, keys
-        self.banned = torch.tensor(sorted(banned), dtype=torch.int64, device=keys.device)
-        self._logprobs: list[torch.Tensor] = []
-        self._sampling_logprobs: list[torch.Tensor] = []
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """[B, V] logits to [B, V] scores whose argmax is the drawn token."""
-        logits_BV = scores.float()
-        if not self.sampling.greedy:
-            logits_BV = logits_BV / self.sampling.temperature
-        kept_BV = logits_BV.index_fill(1, self.banned[self.banned < logits_BV.shape[1]], -torch.inf)
-        kept_BV = filter_logits(kept_BV, self.sampling)
-        drawn_BV = kept_BV
-        if not self.sampling.greedy:
-            drawn_BV = kept_BV.double() + gumbel_noise(self.keys, len(self._logprobs), kept_BV.shape[1])
-        token_B1 = drawn_BV.argmax(-1, keepdim=True)
-        self._logprobs.append(_logprob(logits_BV, token_B1))
-        self._sampling_logprobs.append(_logprob(kept_BV, token_B1))
-        return drawn_BV
-
-    def logprobs(self) -> Sequence[Sequence[float]]:
-        """Per row, per drawn position: log-prob in nats under the full softmax."""
-        return torch.stack(self._logprobs, dim=1).tolist()
-
-    def sampling_logprobs(self) -> Sequence[Sequence[float]]:
-        """Per row, per drawn position: log-prob in nats after bans and filters."""
-        return torch.stack(self._sampling_logprobs, dim=1).tolist()
+    tokens: Tensor
+    logprobs: Tensor
+    sampling_logprobs: Tensor
+    entropies: Tensor
 
 
-def filter_logits(logits_BV: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+def draw_tokens(
+    logits_BV: Tensor, sampling: Sampling, uniform_B: Tensor, banned_K: Tensor, seen_BT: Tensor | None = None
+) -> Drawn:
+    """Draw one token per row by inverting the cumulative distribution at `uniform_B`.
+
+    Two levels: probabilities are added up in blocks, the block is found among their sums, the token inside the block.
+    It costs some passes over [B, V], no sort and no copy of a distribution.
+
+    Args:
+        logits_BV: [B, V] logits as the model gives them.
+        sampling: how.
+        uniform_B: [B] float64 in [0, 1) (`keyed_uniform`); not looked at by greedy.
+        banned_K: [K] ids that are never drawn, not even when they are the most likely.
+        seen_BT: [B, T] ids that the repetition penalty bears on; needed where there is one.
+    """
+    logits_BV = logits_BV.float()
+    banned_K = banned_K[banned_K < logits_BV.shape[1]]
+    scaled_BV = _tempered(logits_BV, sampling)
+    allowed_BV = scaled_BV.index_fill(1, banned_K, -torch.inf)
+    softmax = _Softmax.of(allowed_BV)
+    total, entropies = softmax.with_banned(scaled_BV[:, banned_K])
+    if sampling.filtered or sampling.repetition_penalty != 1:
+        kept_BV = logits_BV
+        if sampling.repetition_penalty != 1:
+            kept_BV = _penalised(kept_BV, seen_BT, sampling.repetition_penalty)
+        kept_BV = filter_logits(_tempered(kept_BV, sampling).index_fill(1, banned_K, -torch.inf), sampling)
+        softmax = _Softmax.of(kept_BV)
+    else:
+        kept_BV = allowed_BV
+    tokens = kept_BV.argmax(-1) if sampling.greedy else _invert(softmax.probs, uniform_B)
+    chosen = tokens[:, None]
+    return Drawn(
+        tokens,
+        scaled_BV.gather(1, chosen)[:, 0].double() - total,
+        kept_BV.gather(1, chosen)[:, 0].double() - softmax.log_total,
+        entropies,
+    )
+
+
+def _tempered(logits_BV: Tensor, sampling: Sampling) -> Tensor:
+    return logits_BV if sampling.temperature in (0, 1) else logits_BV / sampling.temperature
+
+
+class _Softmax(NamedTuple):
+    """A distribution over what is not -inf: unnormalised probabilities, log of their sum, mean logit under it."""
+
+    probs: Tensor
+    log_total: Tensor
+    mean: Tensor
+
+    @classmethod
+    def of(cls, logits_BV: Tensor) -> _Softmax:
+        peak_B1 = logits_BV.amax(-1, keepdim=True)
+        shifted_BV = logits_BV - peak_B1
+        probs_BV = shifted_BV.exp()
+        sums_B = probs_BV.sum(-1).double()
+        # What was taken out has no share in the mean, but 0 · -inf would be NaN.
+        shifted_BV.clamp_(min=-1e4)
+        dots_B = torch.bmm(probs_BV[:, None], shifted_BV[..., None])[:, 0, 0].double()
+        peak_B = peak_B1[:, 0].double()
+        return cls(probs_BV, peak_B + sums_B.log(), peak_B + dots_B / sums_B)
+
+    def with_banned(self, logits_BK: Tensor) -> tuple[Tensor, Tensor]:
+        """Log of the sum, and entropy, of the distribution that has the banned ids, too, however likely they are."""
+        logits_BK = logits_BK.double()
+        total_B = torch.cat([self.log_total[:, None], logits_BK], 1).logsumexp(-1)
+        mean_B = (self.log_total - total_B).exp() * self.mean
+        mean_B = mean_B + ((logits_BK - total_B[:, None]).exp() * logits_BK).sum(-1)
+        return total_B, total_B - mean_B
+
+
+def _invert(probs_BV: Tensor, uniform_B: Tensor) -> Tensor:
+    """[B] the first token at which the cumulative sum of probabilities exceeds uniform · sum; never one of mass 0."""
+    vocabulary = probs_BV.shape[1]
+    whole = vocabulary // _BLOCK * _BLOCK
+    sums = [probs_BV[:, :whole].unflatten(1, (-1, _BLOCK)).sum(-1)] if whole else []
+    if whole < vocabulary:
+        sums.append(probs_BV[:, whole:].sum(-1, keepdim=True))
+    cumulative = torch.cat(sums, 1).double().cumsum(-1)
+    target_B = uniform_B * cumulative[:, -1]
+    block_B = _first_above(cumulative, target_B)
+    before_B = torch.where(block_B > 0, cumulative.gather(1, (block_B - 1).clamp(min=0)[:, None])[:, 0], 0.0)
+    places = block_B[:, None] * _BLOCK + torch.arange(_BLOCK, device=probs_BV.device)
+    inside = probs_BV.gather(1, places.clamp(max=vocabulary - 1)).double().masked_fill(places >= vocabulary, 0.0)
+    return block_B * _BLOCK + _first_above(inside.cumsum(-1), target_B - before_B)
+
+
+def _first_above(cumulative: Tensor, target_B: Tensor) -> Tensor:
+    """[B] index of the first entry above the target, which rounding must not have carried to the last entry itself."""
+    last_B = cumulative[:, -1]
+    target_B = torch.minimum(target_B, torch.nextafter(last_B, torch.zeros_like(last_B))).clamp(min=0.0)
+    return torch.searchsorted(cumulative, target_B[:, None], right=True)[:, 0]
+
+
+def _penalised(logits_BV: Tensor, seen_BT: Tensor, penalty: float) -> Tensor:
+    """The logits with those of ids in `seen_BT` made smaller."""
+    seen = logits_BV.gather(1, seen_BT)
+    return logits_BV.scatter(1, seen_BT, torch.where(seen < 0, seen * penalty, seen / penalty))
+
+
+def filter_logits(logits_BV: Tensor, sampling: Sampling) -> Tensor:
     """Sets what top-k, top-p and min-p remove to -inf; the most likely token always stays.
 
     Args:
@@ -153,16 +239,22 @@ def filter_logits(logits_BV: torch.Tensor, sampling: Sampling) -> torch.Tensor:
         smallest_B1 = logits_BV.topk(sampling.top_k).values[:, -1:]
         logits_BV = logits_BV.masked_fill(logits_BV < smallest_B1, -torch.inf)
     if sampling.top_p < 1:
-        sorted_BV, order_BV = logits_BV.sort(descending=True, stable=True)
-        probs_BV = sorted_BV.softmax(-1)
-        # A token stays while the mass before it is short of top_p.
-        beyond_BV = probs_BV.cumsum(-1) - probs_BV >= sampling.top_p
-        logits_BV = logits_BV.masked_fill(torch.zeros_like(beyond_BV).scatter(1, order_BV, beyond_BV), -torch.inf)
+        logits_BV = _nucleus(logits_BV, sampling.top_p)
     if sampling.min_p > 0:
         probs_BV = logits_BV.softmax(-1)
         logits_BV = logits_BV.masked_fill(probs_BV < sampling.min_p * probs_BV.amax(-1, keepdim=True), -torch.inf)
     return logits_BV
 
 
-def _logprob(logits_BV: torch.Tensor, token_B1: torch.Tensor) -> torch.Tensor:
-    return (logits_BV.gather(1, token_B1) - logits_BV.logsumexp(-1, keepdim=True)).squeeze(1)
+def _nucleus(logits_BV: Tensor, top_p: float) -> Tensor:
+    """A token stays while the mass of those more likely is short of top_p; sorts all of V only where it must."""
+    log_total_B1 = logits_BV.logsumexp(-1, keepdim=True)
+    for size in (_HEAD, logits_BV.shape[1]):
+        size = min(size, logits_BV.shape[1])
+        values, order = logits_BV.topk(size)
+        probs = (values - log_total_B1).exp()
+        stays = probs.cumsum(-1) - probs < top_p
+        if size == logits_BV.shape[1] or not bool(stays[:, -1].any()):
+            break
+    kept_BV = torch.zeros_like(logits_BV, dtype=torch.bool).scatter(1, order, stays)
+    return logits_BV.masked_fill(~kept_BV, -torch.inf)
