@@ -14,6 +14,7 @@ from torch import Tensor
 
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as signed 64 bit, SplitMix64's increment
 _BLOCK = 128  # tokens whose probabilities are added up before the inverse of the CDF is looked for among blocks
+_ROWS = 4  # rows that are handled at once where a product of [B, V] is only summed up
 _HEAD = 1024  # tokens that are sorted first to find a nucleus, which seldom has more
 
 
@@ -137,7 +138,7 @@ def draw_tokens(
     It costs some passes over [B, V], no sort and no copy of a distribution.
 
     Args:
-        logits_BV: [B, V] logits as the model gives them.
+        logits_BV: [B, V] logits as the model gives them; overwritten.
         sampling: how.
         uniform_B: [B] float64 in [0, 1) (`keyed_uniform`); not looked at by greedy.
         banned_K: [K] ids that are never drawn, not even when they are the most likely.
@@ -145,54 +146,61 @@ def draw_tokens(
     """
     logits_BV = logits_BV.float()
     banned_K = banned_K[banned_K < logits_BV.shape[1]]
-    scaled_BV = _tempered(logits_BV, sampling)
-    allowed_BV = scaled_BV.index_fill(1, banned_K, -torch.inf)
-    softmax = _Softmax.of(allowed_BV)
-    total, entropies = softmax.with_banned(scaled_BV[:, banned_K])
-    if sampling.filtered or sampling.repetition_penalty != 1:
-        kept_BV = logits_BV
-        if sampling.repetition_penalty != 1:
-            kept_BV = _penalised(kept_BV, seen_BT, sampling.repetition_penalty)
-        kept_BV = filter_logits(_tempered(kept_BV, sampling).index_fill(1, banned_K, -torch.inf), sampling)
-        softmax = _Softmax.of(kept_BV)
-    else:
-        kept_BV = allowed_BV
-    tokens = kept_BV.argmax(-1) if sampling.greedy else _invert(softmax.probs, uniform_B)
-    chosen = tokens[:, None]
-    return Drawn(
-        tokens,
-        scaled_BV.gather(1, chosen)[:, 0].double() - total,
-        kept_BV.gather(1, chosen)[:, 0].double() - softmax.log_total,
-        entropies,
-    )
+    kept_BV = _kept(logits_BV, sampling, banned_K, seen_BT)
+    if sampling.temperature not in (0, 1):
+        logits_BV /= sampling.temperature
+    banned_BK = logits_BV[:, banned_K].double()
+    softmax = _Softmax.of(logits_BV.index_fill_(1, banned_K, -torch.inf))
+    left = softmax if kept_BV is None else _Softmax.of(kept_BV)
+    tokens = left.shifted.argmax(-1) if sampling.greedy else _invert(left.probs, uniform_B)
+    total, entropies = softmax.with_banned(banned_BK)
+    return Drawn(tokens, softmax.logits(tokens) - total, left.logits(tokens) - left.log_total, entropies)
 
 
-def _tempered(logits_BV: Tensor, sampling: Sampling) -> Tensor:
-    return logits_BV if sampling.temperature in (0, 1) else logits_BV / sampling.temperature
+def _kept(logits_BV: Tensor, sampling: Sampling, banned_K: Tensor, seen_BT: Tensor | None) -> Tensor | None:
+    """[B, V] logits after penalty, temperature, bans and filters; None where there are only bans."""
+    if not sampling.filtered and sampling.repetition_penalty == 1:
+        return None
+    if sampling.repetition_penalty != 1:
+        logits_BV = _penalised(logits_BV, seen_BT, sampling.repetition_penalty)
+    kept_BV = logits_BV / (sampling.temperature or 1.0)
+    return filter_logits(kept_BV.index_fill_(1, banned_K, -torch.inf), sampling)
 
 
 class _Softmax(NamedTuple):
-    """A distribution over what is not -inf: unnormalised probabilities, log of their sum, mean logit under it."""
+    """A distribution over what is not -inf.
 
+    Attributes:
+        shifted: [B, V] logits less the largest. probs: [B, V] their exponentials.
+        peak: [B] the largest logit. log_total: [B] log of the sum of exponentials. mean: [B] mean logit.
+    """
+
+    shifted: Tensor
     probs: Tensor
+    peak: Tensor
     log_total: Tensor
     mean: Tensor
 
     @classmethod
     def of(cls, logits_BV: Tensor) -> _Softmax:
+        """Of logits, which are overwritten: few passes over [B, V], and one new buffer."""
         peak_B1 = logits_BV.amax(-1, keepdim=True)
-        shifted_BV = logits_BV - peak_B1
+        # What was taken out has no share in the mean, but 0 · -inf would be NaN.
+        shifted_BV = logits_BV.sub_(peak_B1).clamp_(min=-1e4)
         probs_BV = shifted_BV.exp()
         sums_B = probs_BV.sum(-1).double()
-        # What was taken out has no share in the mean, but 0 · -inf would be NaN.
-        shifted_BV.clamp_(min=-1e4)
-        dots_B = torch.bmm(probs_BV[:, None], shifted_BV[..., None])[:, 0, 0].double()
+        # A few rows at a time: a buffer of [B, V] that is new in every step costs more than all the rest.
+        parts = zip(probs_BV.split(_ROWS), shifted_BV.split(_ROWS), strict=True)
+        dots_B = torch.cat([(probs * shifted).sum(-1) for probs, shifted in parts]).double()
         peak_B = peak_B1[:, 0].double()
-        return cls(probs_BV, peak_B + sums_B.log(), peak_B + dots_B / sums_B)
+        return cls(shifted_BV, probs_BV, peak_B, peak_B + sums_B.log(), peak_B + dots_B / sums_B)
+
+    def logits(self, tokens_B: Tensor) -> Tensor:
+        """[B] logits of the tokens."""
+        return self.shifted.gather(1, tokens_B[:, None])[:, 0].double() + self.peak
 
     def with_banned(self, logits_BK: Tensor) -> tuple[Tensor, Tensor]:
         """Log of the sum, and entropy, of the distribution that has the banned ids, too, however likely they are."""
-        logits_BK = logits_BK.double()
         total_B = torch.cat([self.log_total[:, None], logits_BK], 1).logsumexp(-1)
         mean_B = (self.log_total - total_B).exp() * self.mean
         mean_B = mean_B + ((logits_BK - total_B[:, None]).exp() * logits_BK).sum(-1)
