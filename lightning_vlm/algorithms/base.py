@@ -36,7 +36,7 @@ from lightning_vlm.models.load import check_vocabulary, load_model
 from lightning_vlm.models.packing import Pack, laid_out
 from lightning_vlm.models.parts import PartPolicy, apply_parts
 from lightning_vlm.models.policy import Policy
-from lightning_vlm.models.processor import load_processor
+from lightning_vlm.models.processor import Processor, load_processor
 from lightning_vlm.models.spec import Backbone
 from lightning_vlm.rollouts import Sampling
 from lightning_vlm.strategies.fsdp import shard_policy
@@ -72,6 +72,9 @@ class Algorithm(EvaluationMixin, L.LightningModule):
     encoding: Literal["conversation", "pair", "answer", "prompt"] = "conversation"
     steps_per_batch: int = 1  # optimizer steps that one loader batch feeds
     steps_loaded: int = 1  # of these, how many have samples of their own in it
+    temperature: float = 1.0  # of the distributions that are scored
+    other_processors: tuple[Processor, ...] = ()  # of models that see training prompts in their own way
+    needs_pictures: bool = False  # whether training prompts carry their pictures, for an engine elsewhere
 
     def __init__(
         self,
@@ -125,6 +128,7 @@ class Algorithm(EvaluationMixin, L.LightningModule):
         self.processor = None
         self.clock = self.clock_before = self.batches_done = 0
         self.last_step: dict[str, Any] = {}
+        self.idle = False  # whether the step that was done last had nothing to learn from
         self._total_steps = 0
         self._evaluated: dict[str, int] = {}
         self.records, self.summaries, self.fresh_metrics = {}, {}, set()
@@ -220,7 +224,7 @@ class Algorithm(EvaluationMixin, L.LightningModule):
         self._require_finite({"grad_norm": norms["total"]}, items)
         rates = self._step(optimizer)
         total = norms.pop("total")
-        if any(counts.values()):  # an empty step says nothing about parts
+        if any(counts.values()) and not self.idle:  # a step that could learn nothing says nothing about parts
             self.guard.observe(self.clock, norms, images=any(row.images for item in items for row in item))
         seconds = time.perf_counter() - start
         self._report(report | {"grad_norm": total, "skipped": skipped, "seconds": seconds}, norms, rates, step)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from lightning_vlm.algorithms.micro import Item
-from lightning_vlm.models.batch import ModelBatch, Row
+from lightning_vlm.models.batch import Row
 from lightning_vlm.models.guard import weights_fingerprint
 from lightning_vlm.models.lora import adapters_off, is_lora
 from lightning_vlm.models.policy import Policy, evaluating
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from lightning_vlm.algorithms.base import Algorithm
 
 Kind = Literal["cache", "online", "adapters_off"]
-LOGPROB = "reference_logprob"  # in Row.info: log π_ref of the row's scored tokens, nats
+LOGPROB = "reference_logprob"  # in Row.info: log π_ref of the row's scored tokens together, nats
+TOKENS = "reference_logprobs"  # in Row.info: log π_ref of each, [tokens] on the host, where the reference has just run
 STORE = "reference-logprobs"
 
 
@@ -58,10 +59,9 @@ class Reference:
 
     def _score(self, items: list[Item], policy: Policy) -> None:
         """Forward passes in step over the ranks, as sharded weights want them."""
-        with torch.no_grad():
-            for batch, _ in self.module.micro_batches(items):
-                for row, value in zip(batch.rows, row_sums(policy, batch), strict=True):
-                    row.info[LOGPROB] = value
+        score_rows(self.module, policy, items, TOKENS)
+        for row in (row for item in items for row in item):
+            row.info[LOGPROB] = float(row.info[TOKENS].sum(dtype=torch.float64))
 
     def _load(self) -> Policy:
         """The reference as a model of its own, frozen, whole, on the CPU.
@@ -235,10 +235,17 @@ def make_reference(
     return OnlineReference(module, model) if kind == "online" else AdaptersOffReference(module, None)
 
 
-def row_sums(policy: Policy, batch: ModelBatch) -> list[float]:
-    """Per row, log π of its scored tokens, nats."""
-    scores = policy.score(batch)
-    return scores.per_row(scores.logprobs, len(batch.rows)).tolist()
+def score_rows(module: Algorithm, policy: Policy, items: list[Item], name: str) -> None:
+    """Write log-probs of each row's scored tokens, [tokens] on the host, into its `info[name]`.
+
+    Forward passes are in step over the ranks, as sharded weights want them; log-probs are at the module's temperature.
+    """
+    with torch.no_grad():
+        for batch, _ in module.micro_batches(items):
+            logprobs = policy.score(batch, temperature=module.temperature).logprobs.cpu()
+            counts = torch.bincount(batch.row_index, minlength=len(batch.rows)).tolist()
+            for row, part in zip(batch.rows, logprobs.split(counts), strict=True):
+                row.info[name] = part
 
 
 def check_same_inputs(path: str, processor: Any, own: Any) -> None:

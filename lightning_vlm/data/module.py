@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightning_vlm.data.encode import Encoder
+from lightning_vlm.data.images import load_image
 from lightning_vlm.data.loading import DueLoader, EncodedDataset, RankShard, StepBatch, StepSampler, join
 from lightning_vlm.data.mixture import Mixture
 from lightning_vlm.data.probe import encode_probe
@@ -22,6 +23,8 @@ from lightning_vlm.data.sources import SourceSpec, open_source
 from lightning_vlm.models.batch import Row
 from lightning_vlm.models.processor import load_processor
 from lightning_vlm.models.spec import Backbone
+
+_SECOND_WALK = 1_000_000_007  # added to the seed
 
 Encoding = Literal["conversation", "pair", "answer", "prompt", "probe"]
 
@@ -169,19 +172,36 @@ class VLMData(L.LightningDataModule):
         dataset = EncodedDataset(self.train_samples, self._encode(module.encoding))
         return self._loader(dataset, batches, persistent=False)
 
-    def _train_sampler(self, whole: bool = False) -> StepSampler:
-        """Of this rank, from where the run stands; `whole`: of all ranks, from the start of the run."""
+    def _train_sampler(self, whole: bool = False, second: int | None = None) -> StepSampler:
+        """Of this rank, from where the run stands.
+
+        Args:
+            whole: of all ranks, from the start of the run. second: of a second walk in another order, from this batch.
+        """
         module = self.trainer.lightning_module
         return StepSampler(
             len(self.train_samples),
             self.batch_size,
-            seed=self.seed,
+            seed=self.seed if second is None else self.seed + _SECOND_WALK,
             rank=0 if whole else self._rank,
             world=1 if whole else self._world,
             steps=module.steps_loaded,
-            shuffle=self.shuffle,
-            start=lambda: 0 if whole else module.batches_done,
+            shuffle=self.shuffle or second is not None,
+            start=lambda: 0 if whole else module.batches_done if second is None else second,
         )
+
+    def more_prompts(self, index: int) -> StepBatch:
+        """Batch `index` of a second walk through the training samples, in another order: where the first one's batch
+        was not enough. Encoded in this process.
+
+        Raises:
+            BadSample: a sample cannot be used.
+        """
+        module = self.trainer.lightning_module
+        sampler = self._train_sampler(second=index)
+        dataset = EncodedDataset(self.train_samples, self._encode(module.encoding))
+        batch = join([dataset[place] for place in next(iter(sampler))], sampler.per_step)
+        return self.transfer_batch_to_device(batch, module.device, 0)
 
     def val_dataloader(self) -> list[DueLoader]:
         """One loader per registered evaluation, in registration order."""
@@ -215,14 +235,21 @@ class VLMData(L.LightningDataModule):
         return batch
 
     def _encode(self, encoding: Encoding) -> Callable[[Sample], list[Row]]:
-        encoder = self.encoder
+        encoder, module = self.encoder, self.trainer.lightning_module
+        training = encoding == "prompt" and self.trainer.training
         return {
             "conversation": _One(encoder.encode),
-            "prompt": _One(encoder.encode_prompt),
+            "prompt": _Prompts([encoder, *self._others(module)], module.needs_pictures)
+            if training
+            else _One(encoder.encode_prompt),
             "pair": encoder.encode_pair,
             "answer": encoder.encode_answer,
             "probe": partial(encode_probe, encoder),
         }[encoding]
+
+    def _others(self, module: L.LightningModule) -> list[Encoder]:
+        """Encoders of models that see a training prompt in their own way."""
+        return [Encoder(processor, max_length=self.max_length) for processor in module.other_processors]
 
     def _eval_loader(self, evaluation: Evaluation) -> DataLoader:
         return self._prompt_loader(evaluation.samples, evaluation.encoding)
@@ -273,3 +300,20 @@ class _One:
 
     def __call__(self, sample: Sample) -> list[Row]:
         return [self.encode(sample)]
+
+
+class _Prompts:
+    """A prompt as the policy sees it, then as other models do; with its pictures where somebody else will look at them.
+
+    Args:
+        encoders: the policy's first. pictures: put `pictures` into the row's info, for engines outside this process.
+    """
+
+    def __init__(self, encoders: list[Encoder], pictures: bool) -> None:
+        self.encoders, self.pictures = encoders, pictures
+
+    def __call__(self, sample: Sample) -> list[Row]:
+        rows = [encoder.encode_prompt(sample) for encoder in self.encoders]
+        if self.pictures:
+            rows[0].info["pictures"] = [load_image(source) for source in sample.images]
+        return rows

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lightning_vlm.losses.fused import FusedScores, TokenLoss, fused_token_loss
 from lightning_vlm.losses.kernel import Divergences, divergences, token_scores
 
 from .attention import prompt_mask
@@ -79,7 +80,8 @@ class Policy(nn.Module):
         raw: bool = False,
         patch_heads: bool = False,
         uniform: bool = False,
-    ) -> Scores | Divergences | HeadInput | list[Tensor]:
+        token_loss: TokenLoss | None = None,
+    ) -> Scores | FusedScores | Divergences | HeadInput | list[Tensor]:
         """Score a batch; the one way to read this policy's distributions, for weights may be sharded outside of it.
 
         Args:
@@ -91,6 +93,7 @@ class Policy(nn.Module):
             patch_heads: return what the modules of `self.heads` say of every image token, [image tokens, classes] each,
                 images in order of occurrence; the language model is not run.
             uniform: also give the mean log-prob over the vocabulary, which label smoothing needs.
+            token_loss: also sum this loss of each token's log-prob, its gradient found in the same pass.
         """
         if patch_heads:
             features = self.image_features(batch)
@@ -100,6 +103,8 @@ class Policy(nn.Module):
             return HeadInput(hidden, weight)
         if against is not None:
             return divergences(hidden, weight, *against, beta=beta, temperature=temperature)
+        if token_loss is not None:
+            return fused_token_loss(hidden, weight, batch.labels, token_loss, temperature=temperature)
         scores = token_scores(hidden, weight, batch.labels, temperature=temperature)
         mean = None
         if uniform:  # mean_v log π_v = log π_y − h·(w_y − mean_v w_v)/T, without the other logits

@@ -2,3 +2,4 @@
 
 from .engine import Completion, Engine, PolicyEngine, completion_row, prompt_of
 from .sampling import Sampling
+from .server import ServerEngine

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -35,6 +36,15 @@ def _reduced(values: Iterable[float], device: torch.device, how: str) -> list[fl
     tensor = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(tensor, op=dist.ReduceOp.SUM if how == "sum" else dist.ReduceOp.MAX)
     return tensor.tolist()
+
+
+def gather_over_ranks(value: Any) -> list[Any]:
+    """What each rank has, by rank; plain data."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def is_sharded(policy: nn.Module) -> bool:

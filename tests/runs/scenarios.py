@@ -31,6 +31,8 @@ from lightning_vlm.data.sources import SourceSpec
 from lightning_vlm.losses.terms import Term
 from lightning_vlm.models.parts import PartPolicy
 from lightning_vlm.models.spec import Backbone
+from lightning_vlm.rewards import Reward
+from lightning_vlm.rollouts import Sampling
 from lightning_vlm.strategies import FSDP2
 
 
@@ -154,6 +156,10 @@ def run(spec: dict[str, Any], world: int) -> dict[str, Any]:
     settings["parts"] = {part: PartPolicy(**policy) for part, policy in settings.get("parts", {}).items()}
     if "negatives" in settings:
         settings["negatives"] = Negatives(**settings["negatives"])
+    if "rewards" in settings:
+        settings["rewards"] = {name: Reward(**reward) for name, reward in settings["rewards"].items()}
+    if "rollout" in settings:
+        settings["rollout"] = Sampling(**settings["rollout"])
     module = algorithm_class(spec.get("algorithm", "SFT"))(backbone=backbone, **settings)
     data = VLMData(
         backbone=backbone,

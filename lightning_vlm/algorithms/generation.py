@@ -1,0 +1,82 @@
+"""Who generates for an algorithm: the policy itself, a copy of it in another precision, or a server."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from lightning_vlm.models.batch import Row
+from lightning_vlm.models.policy import Policy
+from lightning_vlm.rollouts import Completion, PolicyEngine, Sampling, ServerEngine
+from lightning_vlm.strategies.sync import unsharded
+
+if TYPE_CHECKING:
+    from lightning_vlm.algorithms.base import Algorithm
+
+
+class Generation:
+    """Generates with the policy's present weights.
+
+    Args:
+        module: the algorithm.
+        batch_size: sequences generated together.
+        dtype: of a copy that generates; None for the policy itself.
+        server: address of a vLLM server; None generates in this process.
+    """
+
+    def __init__(self, module: Algorithm, *, batch_size: int, dtype: str | None, server: str | None) -> None:
+        self._module = {"algorithm": module}  # in a dict, so that it does not become a submodule of its own submodule
+        self.batch_size, self.dtype, self.server = batch_size, dtype, server
+        self._copy: Policy | None = None
+        self._remote: ServerEngine | None = None
+
+    @property
+    def module(self) -> Algorithm:
+        """The algorithm."""
+        return self._module["algorithm"]
+
+    @property
+    def exact(self) -> bool:
+        """Whether the engine's log-probs are the trainer's but for rounding."""
+        low = getattr(self.module.trainer.strategy, "mixed_precision", "none") != "none"
+        return self.dtype is None and self.server is None and not low and self.module.trainer.precision == "32-true"
+
+    def prepare(self) -> None:
+        """Make the copy, while the policy is still whole."""
+        if self.dtype is not None:
+            self._copy = self.module.build_policy(replace(self.module.backbone, dtype=self.dtype))
+            self._copy.requires_grad_(False).eval()
+
+    def start(self) -> None:
+        """The policy sits on its device."""
+        if self._copy is not None:
+            self._copy.to(self.module.device)
+        if self.server is not None:
+            self._remote = ServerEngine(self.server, self.module.processor)
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Ids decoded without special tokens."""
+        return self.module.processor.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def generate(
+        self, rows: Sequence[Row], *, n: int, sampling: Sampling, keys: tuple[int, int]
+    ) -> list[list[Completion]]:
+        """As `Engine.generate`; all ranks call this together, and need not stay in step inside."""
+        module = self.module
+        policy, context = module.policy, unsharded
+        if self._remote is not None:
+            with unsharded(policy):
+                if module.trainer.is_global_zero:
+                    self._remote.sync((name, p.detach()) for name, p in policy.model.named_parameters())
+            module.trainer.strategy.barrier()
+            return self._remote.generate(rows, n=n, sampling=sampling, keys=keys)
+        if self._copy is not None:
+            with unsharded(policy), torch.no_grad():
+                for own, theirs in zip(self._copy.parameters(), policy.parameters(), strict=True):
+                    own.copy_(theirs)
+            policy, context = self._copy, None
+        engine = PolicyEngine(policy, module.processor, batch_size=self.batch_size, context=context)
+        return engine.generate(rows, n=n, sampling=sampling, keys=keys)
