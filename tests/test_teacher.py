@@ -65,6 +65,15 @@ def rows_of(module: SFT, size: int = 5) -> list[Row]:
     return [row for sample in samples(size) for row in encoder.encode_pair(sample)]
 
 
+def annotate(teacher: Teacher, rows: list[Row], shown: list) -> None:
+    """Every row gets the teacher's row, its sample's prompt encoded by the teacher's processor."""
+    if teacher.shares_inputs:
+        return
+    prompts = {sample.id: Encoder(teacher.processor).encode_prompt(sample) for sample in shown}
+    for row in rows:
+        teacher.annotate([row], prompts[row.id])
+
+
 def batch_of(module: SFT, rows: list[Row], *, share: bool = True):
     family = family_of(load_model(module.backbone))
     return collate(laid_out(rows, share), family, module.processor.pad_id)
@@ -83,7 +92,7 @@ def test_its_distributions_are_those_of_its_own_forward(path, share):
     assert teacher.shares_inputs == (path == LARGER)
     teacher.start()
     rows = rows_of(module)
-    teacher.annotate(rows, samples())
+    annotate(teacher, rows, samples())
     batch = batch_of(module, rows, share=share)
     head = teacher.head_input(batch)
     policy, own_rows = alone(path), [row.info.get(TEACHER_ROW, row) for row in rows]
@@ -100,7 +109,7 @@ def test_its_distributions_are_those_of_its_own_forward(path, share):
     assert torch.equal(batch.labels, labels)
     torch.testing.assert_close(logprobs_of(head), want, rtol=0, atol=1e-9)
     picked = want.gather(1, labels[:, None])[:, 0]
-    torch.testing.assert_close(teacher.logprobs(batch), picked, rtol=0, atol=1e-9)
+    torch.testing.assert_close(teacher.score(batch).logprobs, picked, rtol=0, atol=1e-9)
     ids, logprobs = teacher.top_logprobs(batch, 3, temperature=0.7)
     top = (want / 0.7).log_softmax(-1).topk(3)
     assert torch.equal(ids, top.indices)
@@ -112,7 +121,7 @@ def test_rows_of_its_own_are_what_its_encoder_makes_of_the_same_answers():
     module = student()
     teacher = Teacher(module, OTHER)
     rows = rows_of(module)
-    teacher.annotate(rows, samples())
+    annotate(teacher, rows, samples())
     for row, want in zip(rows, rows_of(student(OTHER)), strict=True):
         got = row.info[TEACHER_ROW]
         assert torch.equal(got.input_ids, want.input_ids) and torch.equal(got.loss_mask, want.loss_mask)
@@ -126,7 +135,7 @@ def test_sampled_completions_are_put_behind_its_prompt():
     (sample,) = samples(1)
     prompt = Encoder(module.processor).encode_prompt(sample)
     row = completion_row(prompt, Completion([40, 41, 42], "", False, [0.0] * 3, [0.0] * 3))
-    teacher.annotate([row], [sample])
+    annotate(teacher, [row], [sample])
     own = Encoder(teacher.processor).encode_prompt(sample)
     assert row.info[TEACHER_ROW].input_ids.tolist() == [*own.input_ids.tolist(), 40, 41, 42]
     assert row.info[TEACHER_ROW].scored == row.scored == 3
@@ -311,8 +320,8 @@ def test_rows_that_were_not_annotated_and_ids_it_does_not_know_are_refused():
     rows = rows_of(module, 1)
     with pytest.raises(ValueError, match=r"call Teacher\.annotate"):
         Teacher(module, OTHER).head_input(batch_of(module, rows))
-    with pytest.raises(ValueError, match="has no sample"):
-        Teacher(module, OTHER).annotate(rows, [])
+    with pytest.raises(ValueError, match="prompts go row by row"):
+        Teacher(module, OTHER).annotate(rows, made([1, 2], []))
     batch = batch_of(module, rows)
     batch.rows[0].input_ids[-1] = 500
     with pytest.raises(ValueError, match="has id 500, the teacher knows ids below"):
@@ -336,7 +345,7 @@ def shown(module: SFT, path: str, own: slice):
     teacher, policy = Teacher(module, path), alone(STUDENT, dtype=module.backbone.dtype)
     rows, found = rows_of(module, 8)[own], []
     teacher.start()
-    teacher.annotate(rows, samples(8))
+    annotate(teacher, rows, samples(8))
     for part in (rows[:2], rows[2:]):
         batch = batch_of(module, part)
         head = teacher.head_input(batch)  # read the head outside of the teacher's forward

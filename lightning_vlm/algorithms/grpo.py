@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lightning_vlm.algorithms.micro import Item
 from lightning_vlm.algorithms.on_policy import OnPolicy
@@ -12,6 +13,7 @@ from lightning_vlm.algorithms.reference import Kind, Reference, make_reference
 from lightning_vlm.algorithms.rollout import ADVANTAGES, ENGINE, REFERENCE, Rollout, tokens_of
 from lightning_vlm.algorithms.totals import Micro
 from lightning_vlm.data.sources.spec import one_of
+from lightning_vlm.losses.fused import FusedScores, fused_token_loss
 from lightning_vlm.losses.policy_gradient import (
     Aggregation,
     Importance,
@@ -190,9 +192,7 @@ class GRPO(OnPolicy):
         """The surrogate, in one pass over the head where each token stands by itself."""
         tokens = tokens_of(batch, by_completion=self.aggregation == "sequence", device=self.device)
         if self.loss.by_token and not self.entropy_coef:
-            out = self.policy(
-                batch, temperature=self.temperature, token_loss=lambda x, at: self.loss(x, tokens.part(at))
-            )
+            out = self.policy(batch, head_loss=lambda *head: self.fused(*head, tokens))
             scores = Scores(*out[1:], batch.row_index)
             terms = {"policy": Term(out.total)}
         else:
@@ -202,7 +202,15 @@ class GRPO(OnPolicy):
                 terms["entropy_bonus"] = Term(-(scores.entropies * tokens.weights).sum(), self.entropy_coef)
         return Micro(terms, self.token_metrics(scores.logprobs.detach(), tokens, batch), scores)
 
-    def token_metrics(self, logprobs: torch.Tensor, tokens: Tokens, batch: ModelBatch) -> dict:
+    def fused(self, hidden: Tensor, weight: Tensor, labels: Tensor, tokens: Tokens) -> FusedScores:
+        """The surrogate's sum and its gradient in one pass over the head, inside the policy's forward."""
+
+        def loss(logprobs: Tensor, where: slice) -> Tensor:
+            return self.loss(logprobs, tokens.part(where))
+
+        return fused_token_loss(hidden, weight, labels, loss, temperature=self.temperature)
+
+    def token_metrics(self, logprobs: Tensor, tokens: Tokens, batch: ModelBatch) -> dict:
         """Shares of clipped tokens, mean ratio, KL to the reference, gap to the engine."""
         count = float(len(logprobs))
         low, high = self.loss.clipped(logprobs, tokens)

@@ -31,7 +31,7 @@ from lightning_vlm.losses.policy_gradient import Correction, correction_factors
 from lightning_vlm.models.batch import Row
 from lightning_vlm.models.families import blocks
 from lightning_vlm.rewards import Reward, Rewards
-from lightning_vlm.rollouts import Completion, Sampling
+from lightning_vlm.rollouts import Completion, Sampling, prompt_of
 from lightning_vlm.strategies.sync import gather_over_ranks, max_over_ranks, sum_over_ranks
 
 _GAPS = {
@@ -226,7 +226,7 @@ class OnPolicy(Algorithm):
 
     def _collect(self, batch: StepBatch) -> list[list[Rollout]]:
         """The rollouts of each optimizer step; groups without spread are replaced where that is wanted."""
-        found = self._answered(batch, attempt=0)
+        found = self.answered(batch, attempt=0)
         wanted = int(sum_over_ranks([float(len(found))], self.device)[0])
         if not self.tries:
             rounds = int(max_over_ranks([max(batch.steps, default=0) + 1.0], self.device)[0])
@@ -237,7 +237,7 @@ class OnPolicy(Algorithm):
             tried += 1
             more = self.trainer.datamodule.more_prompts(self.refills)
             self.refills += 1
-            kept += [rollout for rollout in self._answered(more, attempt=tried) if self.usable(rollout)]
+            kept += [rollout for rollout in self.answered(more, attempt=tried) if self.usable(rollout)]
         numbers = keep_first(gather_over_ranks([rollout.place for rollout in kept]), wanted)
         self._fresh |= {"refills": float(tried), "groups": float(len(numbers)), "groups_usable": first / max(wanted, 1)}
         size = -(-wanted // self.steps_loaded)
@@ -247,20 +247,23 @@ class OnPolicy(Algorithm):
                 steps[numbers[rollout.place] // size].append(rollout)
         return steps
 
-    def _answered(self, batch: StepBatch, *, attempt: int) -> list[Rollout]:
+    def answered(self, batch: StepBatch, *, attempt: int) -> list[Rollout]:
         """Completions and rewards of the batch's prompts; what the first attempt finds is reported."""
         start = time.perf_counter()
         # Further prompts may repeat earlier ones; their draws must not.
         keys = (self.seed, self.clock + attempt * 2**40)
-        completions = self.generate([item[0] for item in batch.items], keys)
+        # Where the data's answers come along, prompts end before them.
+        prompts = [prompt_of(item[0]) if self.encoding == "answer" else item[0] for item in batch.items]
+        completions = self.generate(prompts, keys)
         seconds = time.perf_counter() - start
         rollouts, counted = [], [0] * self.steps_loaded
         world, rank = self.trainer.world_size, self.global_rank
         steps = batch.steps or [0] * len(batch.items)
-        for item, sample, own, step in zip(batch.items, batch.samples, completions, steps, strict=True):
+        rows = zip(batch.items, prompts, batch.samples, completions, steps, strict=True)
+        for item, prompt, sample, own, step in rows:
             place = (attempt, step, counted[step] * world + rank)
             counted[step] += 1
-            rollouts.append(Rollout(item[0], item[1:], sample, own, place))
+            rollouts.append(Rollout(prompt, item[1:], sample, own, place))
         graded = self._grade(rollouts)
         if attempt == 0:
             self._fresh = self._over_ranks(rollouts, seconds) | graded
@@ -352,8 +355,9 @@ class OnPolicy(Algorithm):
         own = [row.info[ENGINE] for row in rows if row.scored]
         if self._updates or not own:
             return {"logprob_gap": (logprobs.new_zeros(()), 0.0)} if not self._updates else {}
-        engine = torch.cat(own).to(logprobs)
-        return {"logprob_gap": ((logprobs.detach() - engine).abs().sum(), float(len(engine)))}
+        gaps = (logprobs.detach() - torch.cat(own).to(logprobs)).abs()
+        known = ~gaps.isnan()
+        return {"logprob_gap": (gaps[known].sum(), float(known.sum()))}
 
     def _report(self, report, norms, rates, step: StepTotals) -> None:
         tokens = report.pop("update_tokens")

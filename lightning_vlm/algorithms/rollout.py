@@ -18,7 +18,7 @@ from lightning_vlm.rollouts import Completion, completion_row
 
 # In Row.info of a completion, [tokens] each, on the host.
 ADVANTAGES, OLD, ENGINE, SAMPLING = "advantages", "old_logprobs", "engine_logprobs", "sampling_logprobs"
-REFERENCE, CORRECTION, ENTROPIES = "reference_logprobs", "correction", "entropies"
+REFERENCE, TEACHER, CORRECTION, ENTROPIES = "reference_logprobs", "teacher_logprobs", "correction", "entropies"
 
 
 @dataclass(slots=True)
@@ -33,6 +33,7 @@ class Rollout:
             among all rollouts, whatever rank has it.
         values: [G, K] rewards by part. totals: [G] weighted sums. Empty without rewards.
         rows: completions to be learned from, each behind its prompt.
+        writer: who wrote the completions: `policy`, `data` or `teacher`.
     """
 
     prompt: Row
@@ -43,6 +44,7 @@ class Rollout:
     values: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
     totals: Tensor = field(default_factory=lambda: torch.zeros(0))
     rows: list[Row] = field(default_factory=list)
+    writer: str = "policy"
 
     @property
     def group(self) -> Group:
@@ -61,9 +63,11 @@ class Rollout:
                 continue
             row = completion_row(self.prompt, completion)
             row.info = {"generated": True, "source": self.sample.source, "completion": index}
-            row.info |= {ENGINE: torch.tensor(completion.logprobs, dtype=torch.float64)}
-            row.info |= {SAMPLING: torch.tensor(completion.sampling_logprobs, dtype=torch.float64)}
-            if completion.entropies:
+            # NaN where nobody of ours has drawn the tokens.
+            own = self.writer == "policy"
+            for name, values in ((ENGINE, completion.logprobs), (SAMPLING, completion.sampling_logprobs)):
+                row.info[name] = torch.tensor(values if own else [math.nan] * row.scored, dtype=torch.float64)
+            if completion.entropies and own:
                 row.info[ENTROPIES] = torch.tensor(completion.entropies, dtype=torch.float32)
             self.rows.append(row)
 

@@ -8,8 +8,7 @@ prompt. Either way scored tokens correspond one to one. Shapes: N scored tokens,
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +19,6 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lightning_vlm.data.encode import Encoder
-from lightning_vlm.data.schema import Sample
 from lightning_vlm.losses.distillation import top_logprobs
 from lightning_vlm.models.adapters import ADAPTER_FILE, load_adapter_file
 from lightning_vlm.models.batch import ModelBatch, Row
@@ -30,7 +27,7 @@ from lightning_vlm.models.families import family_of
 from lightning_vlm.models.load import check_vocabulary, load_model
 from lightning_vlm.models.packing import laid_out
 from lightning_vlm.models.parts import PartPolicy, apply_parts
-from lightning_vlm.models.policy import HeadInput, Policy
+from lightning_vlm.models.policy import HeadInput, Policy, Scores
 from lightning_vlm.models.processor import Processor, load_processor
 from lightning_vlm.models.spec import Backbone, Dtype
 from lightning_vlm.strategies.sync import is_sharded
@@ -100,7 +97,6 @@ class Teacher:
         if is_sharded(policy):
             # Embeddings and head stay whole after a forward: the loss reads the head outside of it.
             policy.set_reshard_after_forward(False, recurse=False)
-        self._encoder = Encoder(self.processor, max_length=sys.maxsize)
 
     def start(self) -> None:
         """Move to the device; the policy sits there already."""
@@ -118,23 +114,16 @@ class Teacher:
 
     # --- rows of its own --------------------------------------------------------------------------------------------
 
-    def annotate(self, rows: Iterable[Row], samples: Iterable[Sample]) -> None:
-        """Write the teacher's row into `info[TEACHER_ROW]` of the student's rows; does nothing where rows are shared.
+    def annotate(self, rows: Sequence[Row], prompt: Row) -> None:
+        """Write the teacher's row into `info[TEACHER_ROW]` of the student's rows; not needed where rows are shared.
 
         Args:
-            rows: the student's, completions of the samples. samples: those with the rows' ids.
+            rows: completions of one prompt. prompt: that prompt, encoded by the teacher's processor.
 
         Raises:
-            ValueError: a row without a sample; as `teacher_rows`.
-            BadSample: the teacher's processor cannot encode a prompt.
+            ValueError: as `teacher_rows`.
         """
-        if self.shares_inputs:
-            return
-        rows, by_id = list(rows), {sample.id: sample for sample in samples}
-        if missing := next((row.id for row in rows if row.id not in by_id), None):
-            raise ValueError(f"row {missing} has no sample, from which the teacher's prompt could be encoded")
-        prompts = {id: self._encoder.encode_prompt(by_id[id]) for id in dict.fromkeys(row.id for row in rows)}
-        for row, its in zip(rows, teacher_rows(rows, [prompts[row.id] for row in rows]), strict=True):
+        for row, its in zip(rows, teacher_rows(rows, [prompt] * len(rows)), strict=True):
             row.info[TEACHER_ROW] = its
 
     def batch(self, batch: ModelBatch) -> ModelBatch:
@@ -191,10 +180,10 @@ class Teacher:
         """
         return self._forward(batch, raw=True)
 
-    @torch.no_grad()
-    def logprobs(self, batch: ModelBatch, *, temperature: float = 1.0) -> Tensor:
-        """[N] the teacher's log-probs of the scored tokens over all its V ids, nats; in step, as `head_input`."""
-        return self._forward(batch, temperature=temperature).logprobs
+    def score(self, batch: ModelBatch, *, temperature: float = 1.0) -> Scores:
+        """As `Policy.score`, of the teacher; in step, as `head_input`."""
+        with torch.no_grad():
+            return self._forward(batch, temperature=temperature)
 
     def top_logprobs(self, batch: ModelBatch, k: int, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """[N, k] likeliest ids of the teacher and [N, k] their log-probs, nats, likeliest first; to be kept for texts

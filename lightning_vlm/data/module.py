@@ -152,7 +152,7 @@ class VLMData(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         """Batches without end; a restored run goes on with the batch that comes next."""
         sampler = self._train_sampler()
-        dataset = EncodedDataset(self.train_samples, self._encode(self.trainer.lightning_module.encoding))
+        dataset = EncodedDataset(self.train_samples, self._encode_training())
         return self._loader(dataset, sampler, collate=partial(join, per_step=sampler.per_step))
 
     def upcoming(self) -> DataLoader:
@@ -169,7 +169,7 @@ class VLMData(L.LightningDataModule):
                 places.setdefault((source, element, walk) if varies else (source, element), index)
         indices, size = list(places.values())[self._rank :: self._world], self.eval_batch_size
         batches = [indices[i : i + size] for i in range(0, len(indices), size)]
-        dataset = EncodedDataset(self.train_samples, self._encode(module.encoding))
+        dataset = EncodedDataset(self.train_samples, self._encode_training())
         return self._loader(dataset, batches, persistent=False)
 
     def _train_sampler(self, whole: bool = False, second: int | None = None) -> StepSampler:
@@ -199,7 +199,7 @@ class VLMData(L.LightningDataModule):
         """
         module = self.trainer.lightning_module
         sampler = self._train_sampler(second=index)
-        dataset = EncodedDataset(self.train_samples, self._encode(module.encoding))
+        dataset = EncodedDataset(self.train_samples, self._encode_training())
         batch = join([dataset[place] for place in next(iter(sampler))], sampler.per_step)
         return self.transfer_batch_to_device(batch, module.device, 0)
 
@@ -235,21 +235,23 @@ class VLMData(L.LightningDataModule):
         return batch
 
     def _encode(self, encoding: Encoding) -> Callable[[Sample], list[Row]]:
-        encoder, module = self.encoder, self.trainer.lightning_module
-        training = encoding == "prompt" and self.trainer.training
+        encoder = self.encoder
         return {
             "conversation": _One(encoder.encode),
-            "prompt": _Prompts([encoder, *self._others(module)], module.needs_pictures)
-            if training
-            else _One(encoder.encode_prompt),
+            "prompt": _One(encoder.encode_prompt),
             "pair": encoder.encode_pair,
             "answer": encoder.encode_answer,
             "probe": partial(encode_probe, encoder),
         }[encoding]
 
-    def _others(self, module: L.LightningModule) -> list[Encoder]:
-        """Encoders of models that see a training prompt in their own way."""
-        return [Encoder(processor, max_length=self.max_length) for processor in module.other_processors]
+    def _encode_training(self) -> Callable[[Sample], list[Row]]:
+        """As the algorithm wants it; with what other models, or an engine elsewhere, must see of a sample."""
+        module = self.trainer.lightning_module
+        encode = self._encode(module.encoding)
+        if not module.other_processors and not module.needs_pictures:
+            return encode
+        others = [Encoder(processor, max_length=self.max_length) for processor in module.other_processors]
+        return _WithOthers(encode, others, module.needs_pictures)
 
     def _eval_loader(self, evaluation: Evaluation) -> DataLoader:
         return self._prompt_loader(evaluation.samples, evaluation.encoding)
@@ -302,18 +304,19 @@ class _One:
         return [self.encode(sample)]
 
 
-class _Prompts:
-    """A prompt as the policy sees it, then as other models do; with its pictures where somebody else will look at them.
+class _WithOthers:
+    """The rows of a sample, behind them its prompt as other models see it.
 
     Args:
-        encoders: the policy's first. pictures: put `pictures` into the row's info, for engines outside this process.
+        encode: Sample → rows. others: encoders of the other models.
+        pictures: put the sample's `pictures` into the first row's info, for an engine outside of this process.
     """
 
-    def __init__(self, encoders: list[Encoder], pictures: bool) -> None:
-        self.encoders, self.pictures = encoders, pictures
+    def __init__(self, encode: Callable[[Sample], list[Row]], others: list[Encoder], pictures: bool) -> None:
+        self.encode, self.others, self.pictures = encode, others, pictures
 
     def __call__(self, sample: Sample) -> list[Row]:
-        rows = [encoder.encode_prompt(sample) for encoder in self.encoders]
+        rows = [*self.encode(sample), *(encoder.encode_prompt(sample) for encoder in self.others)]
         if self.pictures:
             rows[0].info["pictures"] = [load_image(source) for source in sample.images]
         return rows

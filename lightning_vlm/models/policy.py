@@ -7,7 +7,7 @@ D width, V vocabulary, I distinct images, O image occurrences.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any, NamedTuple
@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lightning_vlm.losses.fused import FusedScores, TokenLoss, fused_token_loss
 from lightning_vlm.losses.kernel import Divergences, divergences, token_scores
 
 from .attention import prompt_mask
@@ -80,8 +79,8 @@ class Policy(nn.Module):
         raw: bool = False,
         patch_heads: bool = False,
         uniform: bool = False,
-        token_loss: TokenLoss | None = None,
-    ) -> Scores | FusedScores | Divergences | HeadInput | list[Tensor]:
+        head_loss: Callable[[Tensor, Tensor, Tensor], Any] | None = None,
+    ) -> Any:
         """Score a batch; the one way to read this policy's distributions, for weights may be sharded outside of it.
 
         Args:
@@ -93,7 +92,8 @@ class Policy(nn.Module):
             patch_heads: return what the modules of `self.heads` say of every image token, [image tokens, classes] each,
                 images in order of occurrence; the language model is not run.
             uniform: also give the mean log-prob over the vocabulary, which label smoothing needs.
-            token_loss: also sum this loss of each token's log-prob, its gradient found in the same pass.
+            head_loss: return what this makes of hidden states [N, D], head weight [V, D] and labels [N]: losses that
+                read the head in a way of their own.
         """
         if patch_heads:
             features = self.image_features(batch)
@@ -103,8 +103,8 @@ class Policy(nn.Module):
             return HeadInput(hidden, weight)
         if against is not None:
             return divergences(hidden, weight, *against, beta=beta, temperature=temperature)
-        if token_loss is not None:
-            return fused_token_loss(hidden, weight, batch.labels, token_loss, temperature=temperature)
+        if head_loss is not None:
+            return head_loss(hidden, weight, batch.labels)
         scores = token_scores(hidden, weight, batch.labels, temperature=temperature)
         mean = None
         if uniform:  # mean_v log π_v = log π_y − h·(w_y − mean_v w_v)/T, without the other logits

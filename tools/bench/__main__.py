@@ -5,7 +5,8 @@
 Every contender is a process that stays alive and does one optimizer step when it is its turn: the same model directory,
 data, precision (float32), threads, AdamW. Ours goes through Lightning's Trainer, the data module and the algorithm; TRL
 through its own trainer. "As shipped" keeps TRL's defaults; "compacted" scores labelled positions only, as TRL does by
-itself where Triton runs, and recomputes no activations. Losses must agree before anything is timed.
+itself where Triton runs, and recomputes no activations. Losses must agree before anything is timed; where completions
+are sampled, both sides take the same prepared ones until then, and both rewards are the same function of the ids.
 """
 
 from __future__ import annotations
@@ -70,11 +71,18 @@ def main(argv: list[str] | None = None) -> int:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    results = []
+    results, parameters = [], 0
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        say("making model and data")
-        material = make_material(Path(folder), SIZES[args.size], steps=WARM_UP + args.pairs)
-        for works in groups([WORKS[name] for name in args.works]):
+        for n, works in enumerate(groups([WORKS[name] for name in args.works])):
+            say("making model and data")
+            material = make_material(
+                Path(folder) / str(n),
+                works[0].size(SIZES[args.size]),
+                steps=WARM_UP + args.pairs,
+                kinds={contender.data for work in works for contender in work.timed()},
+                warm_up=WARM_UP,
+            )
+            parameters = material.parameters
             try:
                 results += run_group(works, material, pairs=args.pairs, threads=args.threads, say=say)
             except (Unequal, RuntimeError) as error:
@@ -82,24 +90,20 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"error: {error}", file=sys.stderr)
                 return 1
     say("")
-    size = material.size
     machine = f"{processor_name()}, {args.threads} thread(s), float32"
-    shape = (
-        f"{material.parameters / 1e6:.1f}M parameters, {size.batch} pairs a step, prompts of {size.prompt} tokens and "
-        f"{size.image_tokens} image tokens, completions of {size.completion}"
-    )
+    model = f"{parameters / 1e6:.1f}M parameters"
     used = versions()
-    print(f"{machine}; {args.pairs} rounds\n{shape}\n" + ", ".join(f"{k} {v}" for k, v in used.items()))
+    print(f"{machine}; {args.pairs} rounds\n{model}\n" + ", ".join(f"{k} {v}" for k, v in used.items()))
     for result in results:
         print("\n" + "\n".join(lines(result)))
     if args.threads == 1 and (share := waiting(results)) > 0.05:
         print(f"\nwarning: {100 * share:.0f} % of the time was spent waiting for a processor: other work runs here")
     if args.json:
         report = {"suite": args.suite, "against": args.against, "machine": machine, "threads": args.threads}
-        report |= {"pairs": args.pairs, "size": args.size, "shape": shape, "versions": used, "results": results}
+        report |= {"pairs": args.pairs, "size": args.size, "model": model, "versions": used, "results": results}
         args.json.write_text(json.dumps(report, indent=1) + "\n")
     if args.image:
-        draw(results, args.image, title=f"{machine}\n{shape}")
+        draw(results, args.image, title=f"{machine}, {model}")
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import lightning as L
 
@@ -28,7 +29,7 @@ class Gated(L.Callback):
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         """An optimizer step is done and logged."""
         metrics = module.last_step["metrics"]
-        self.gate.stepped(metrics["train/loss"], metrics["train/grad_norm"])
+        self.gate.stepped(metrics["train/loss"], metrics["train/grad_norm"], getattr(module, "lengths", ()))
 
 
 def train(contender: Contender, material: Material, gate: Gate, *, steps: int) -> None:
@@ -38,13 +39,17 @@ def train(contender: Contender, material: Material, gate: Gate, *, steps: int) -
     """
     warnings.filterwarnings("ignore")
     backbone = Backbone(path=str(material.model))
-    module = getattr(algorithms, contender.method)(
-        backbone=backbone, lr=LR, schedule="constant", clip_norm=1.0, **contender.settings
-    )
+    shared = {"backbone": backbone, "lr": LR, "schedule": "constant", "clip_norm": 1.0}
+    if contender.data == "preference":
+        module = getattr(algorithms, contender.method)(**shared, **contender.settings)
+    else:
+        from tools.bench.our_on_policy import build
+
+        module = build(contender, material, shared)
     data = VLMData(
         backbone=backbone,
-        train={contender.data: SourceSpec(kind=contender.data, path=str(material.data(contender.data)))},
-        batch_size=material.size.batch,
+        train={contender.data: source(contender.data, material)},
+        batch_size=material.size.per_step(contender.data),
         shuffle=False,
         workers=0,
     )
@@ -62,3 +67,11 @@ def train(contender: Contender, material: Material, gate: Gate, *, steps: int) -
         use_distributed_sampler=False,
     )
     trainer.fit(module, data)
+
+
+def source(kind: str, material: Material) -> SourceSpec:
+    """Where data of this kind lies, and its form."""
+    where: dict[str, Any] = {"path": str(material.data(kind))}
+    if kind == "preference":
+        return SourceSpec(kind=kind, **where)
+    return SourceSpec(kind="messages", columns={"messages": "prompt"}, **where)

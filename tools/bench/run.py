@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
-from tools.bench.material import Material
+from tools.bench.material import Material, Size
 from tools.bench.ratios import Ratio, median, paired_ratio
 from tools.bench.worker import Worker
 from tools.bench.works import WARM_UP, Contender, Work
@@ -20,9 +21,9 @@ class Unequal(Exception):
 
 def groups(works: Sequence[Work]) -> list[list[Work]]:
     """Works of the same peers together, so that the peers' steps are timed once."""
-    found: dict[tuple[str, str], list[Work]] = {}
+    found: dict[tuple[str, ...], list[Work]] = {}
     for work in works:
-        found.setdefault((work.shipped.name, work.compacted.name), []).append(work)
+        found.setdefault(tuple(peer.name for peer in work.peers()), []).append(work)
     return list(found.values())
 
 
@@ -69,7 +70,7 @@ def run_group(works: Sequence[Work], material: Material, *, pairs: int, threads:
             for worker in order if n % 2 == 0 else reversed(order):
                 say(f"round {n + 1} of {pairs}: {worker.contender.name}")
                 worker.step()
-        return [result(work, workers, gaps[work.name], filling) for work in works]
+        return [result(work, workers, gaps[work.name], filling, material.size) for work in works]
     finally:
         for worker in workers.values():
             worker.stop()
@@ -94,18 +95,19 @@ def fill_caches(works: Sequence[Work], material: Material, *, steps: int, thread
 
 
 def compare(work: Work, workers: dict[str, Worker]) -> float:
-    """Largest relative difference between ours and the peers in the losses and first gradient norm of the warm-up.
+    """Largest relative difference between ours and the peers in the losses and gradient norms of the warm-up.
 
     Raises:
         Unequal: it is above `TOLERANCE`.
     """
     ours = [work.check] if work.check else [work.ours, *work.variants.values()]
+    loss, norm = work.compared
     worst = 0.0
     for mine in ours:
-        for peer in (work.shipped, work.compacted):
-            a, b = workers[mine.name].steps, workers[peer.name].steps
-            values = [(f"loss of step {n + 1}", x.loss, y.loss) for n, (x, y) in enumerate(zip(a, b, strict=True))]
-            values.append(("gradient norm of step 1", a[0].grad_norm, b[0].grad_norm))
+        for peer in work.peers():
+            steps = list(enumerate(zip(workers[mine.name].steps, workers[peer.name].steps, strict=True), start=1))
+            values = [(f"{loss} of step {n}", x.loss, y.loss) for n, (x, y) in steps]
+            values += [(f"{norm} of step {n}", x.grad_norm, y.grad_norm) for n, (x, y) in steps[: work.norms]]
             for what, x, y in values:
                 gap = abs(x - y) / max(abs(y), 1e-12)
                 if not gap <= TOLERANCE:
@@ -117,18 +119,22 @@ def compare(work: Work, workers: dict[str, Worker]) -> float:
     return worst
 
 
-def result(work: Work, workers: dict[str, Worker], gap: float, filling: float | None) -> dict[str, Any]:
-    """All figures of one work. Ratios are peer / ours in time (above 1: ours is faster), ours / peer in memory."""
-    ours, shipped, compacted = (workers[c.name] for c in (work.ours, work.shipped, work.compacted))
+def result(work: Work, workers: dict[str, Worker], gap: float, filling: float | None, size: Size) -> dict[str, Any]:
+    """All figures of one work. Ratios are peer / ours in time (above 1: ours is faster), ours / peer in memory.
+
+    Figures of the compacted peer are there where it is another than the peer as shipped.
+    """
+    ours, shipped = workers[work.ours.name], workers[work.shipped.name]
+    peers = {"": shipped} | ({"_compacted": workers[work.compacted.name]} if work.compacted else {})
     out: dict[str, Any] = {
         "work": work.name,
         "title": work.title,
-        **_against(ours, shipped, compacted),
-        "peer_s": median(seconds(shipped)),
-        "peer_compacted_s": median(seconds(compacted)),
-        "peak_ratio": peak(ours) / peak(shipped),
-        "peak_ratio_compacted": peak(ours) / peak(compacted),
+        "shape": work.shape.format(**asdict(size), image_tokens=size.image_tokens),
+        **_against(ours, peers),
+        **{f"peer{form}_s": median(seconds(peer)) for form, peer in peers.items()},
+        **{f"peak_ratio{form}": peak(ours) / peak(peer) for form, peer in peers.items()},
         "peak_ratio_above": (peak(ours) - ours.base) / (peak(shipped) - shipped.base),
+        "compared": work.compared[0],
         "largest_gap": gap,
         "cache_filling_s": filling,
         "note": work.note,
@@ -138,23 +144,25 @@ def result(work: Work, workers: dict[str, Worker], gap: float, filling: float | 
     for name, contender in work.variants.items():
         variant = workers[contender.name]
         peaks = {"peak_ratio": peak(variant) / peak(shipped)}
-        out["variants"][name] = _against(variant, shipped, compacted) | peaks
+        out["variants"][name] = _against(variant, peers) | peaks
     for contender in work.timed():
         worker = workers[contender.name]
         out["contenders"][contender.name] = {
             "seconds": seconds(worker),
             "cpu_seconds": cpu_seconds(worker),
             "losses": [step.loss for step in worker.steps],
+            "lengths": [list(step.lengths) for step in worker.steps[WARM_UP:]],
             "peak_bytes": peak(worker),
             "loaded_bytes": worker.base,
         }
     return out
 
 
-def _against(ours: Worker, shipped: Worker, compacted: Worker) -> dict[str, float]:
+def _against(ours: Worker, peers: Mapping[str, Worker]) -> dict[str, float]:
     figures = {"ours_s": median(seconds(ours))}
-    for name, peer in (("ratio", shipped), ("ratio_compacted", compacted)):
+    for form, peer in peers.items():
         ratio: Ratio = paired_ratio(seconds(peer), seconds(ours))
+        name = f"ratio{form}"
         figures |= {name: ratio.median, f"{name}_low": ratio.low, f"{name}_high": ratio.high}
         figures[f"{name}_cpu"] = paired_ratio(cpu_seconds(peer), cpu_seconds(ours)).median
         figures["coverage"] = ratio.coverage

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import trl
+import trl.trainer.distillation_trainer
 import trl.trainer.utils
 from datasets import Dataset, Image, List
 from transformers import TrainerCallback
@@ -20,11 +21,16 @@ from tools.bench.works import LR, Contender
 
 
 class Gated(TrainerCallback):
-    """Stops before the first step and after every one; a step ends with its line in the log."""
+    """Stops before the first step and after every one; a step ends with its line in the log.
+
+    Attributes:
+        loss: of the step, set by the trainer. lengths: of the completions sampled in it, in tokens.
+    """
 
     def __init__(self, gate: Gate) -> None:
         self.gate = gate
         self.loss = torch.zeros(())
+        self.lengths: Sequence[int] = ()
 
     def on_train_begin(self, args, state, control, **kwargs: Any) -> None:
         """Models and data are there."""
@@ -33,11 +39,11 @@ class Gated(TrainerCallback):
     def on_log(self, args, state, control, logs: dict[str, Any], **kwargs: Any) -> None:
         """An optimizer step is done and logged."""
         if "grad_norm" in logs:
-            self.gate.stepped(float(self.loss), float(logs["grad_norm"]))
+            self.gate.stepped(float(self.loss), float(logs["grad_norm"]), self.lengths)
 
 
-class GatedDPO(DPOTrainer):
-    """TRL's trainer, which tells the loss before it is rounded for the log."""
+class TellsLoss:
+    """Mixin of a trainer of TRL that tells the loss before it is rounded for the log."""
 
     gated: Gated
 
@@ -48,37 +54,49 @@ class GatedDPO(DPOTrainer):
         return loss
 
 
+class GatedDPO(TellsLoss, DPOTrainer):
+    """TRL's DPO."""
+
+
 def train(contender: Contender, material: Material, gate: Gate, *, steps: int) -> None:
     """Train `steps` optimizer steps in this process, at the gate's pace."""
     if contender.compact:
         score_labels_only()
+    if contender.method != "DPO":
+        from tools.bench.trl_on_policy import run
+
+        run(contender, material, gate, steps=steps)
+        return
+    config = DPOConfig(**shared(contender, material, steps), train_sampling_strategy="sequential", **contender.settings)
     gated = Gated(gate)
-    config = DPOConfig(
-        str(material.folder / "trl"),
-        per_device_train_batch_size=material.size.batch,
-        max_steps=steps,
-        learning_rate=LR,
-        lr_scheduler_type="constant",
-        train_sampling_strategy="sequential",
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=not contender.compact,
-        logging_steps=1,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        **contender.settings,
-    )
-    trainer = GatedDPO(
-        str(material.model),
-        args=config,
-        train_dataset=preference_data(material),
-        # The family's own processor without its video part, which needs torchvision.
-        processing_class=load_processor(Backbone(path=str(material.model))).hf,
-        callbacks=[gated],
-    )
+    trainer = GatedDPO(args=config, train_dataset=preference_data(material), **loaded(material), callbacks=[gated])
     trainer.gated = gated
     trainer.train()
+
+
+def shared(contender: Contender, material: Material, steps: int) -> dict[str, Any]:
+    """What the configurations of all trainers have in common: a step is one batch, completions counted."""
+    size = material.size
+    return {
+        "output_dir": str(material.folder / "trl"),
+        "per_device_train_batch_size": size.per_step(contender.data) * size.samples(contender.data),
+        "max_steps": steps,
+        "learning_rate": LR,
+        "lr_scheduler_type": "constant",
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": not contender.compact,
+        "logging_steps": 1,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+
+
+def loaded(material: Material) -> dict[str, Any]:
+    """The trainers' model, and the family's own processor without its video part, which needs torchvision."""
+    processor = load_processor(Backbone(path=str(material.model))).hf
+    return {"model": str(material.model), "processing_class": processor}
 
 
 def score_labels_only() -> None:
@@ -87,21 +105,26 @@ def score_labels_only() -> None:
     Raises:
         ValueError: a version of TRL that decides otherwise.
     """
-    if not hasattr(trl.trainer.utils, "_use_triton"):
-        raise ValueError(f"trl {trl.__version__} cannot be made to score labels only on a CPU: install trl 1.16")
-    trl.trainer.utils._use_triton = lambda device: True
+    for module in (trl.trainer.utils, trl.trainer.distillation_trainer):
+        if not hasattr(module, "_use_triton"):
+            raise ValueError(f"trl {trl.__version__} cannot be made to score labels only on a CPU: install trl 1.16")
+        module._use_triton = lambda device: True
 
 
 def preference_data(material: Material) -> Dataset:
-    """The pairs as TRL wants them; pictures are opened when their batch is made."""
-    rows = [json.loads(line) for line in material.data("preference").read_text().splitlines()]
+    """The pairs as TRL wants them."""
     rows = [
         {
             "prompt": row["prompt"],
             "chosen": [{"role": "assistant", "content": row["chosen"]}],
             "rejected": [{"role": "assistant", "content": row["rejected"]}],
-            "images": [str(material.folder / name) for name in row["images"]],
+            "images": row["images"],
         }
-        for row in rows
+        for row in material.rows("preference")
     ]
+    return with_pictures(rows)
+
+
+def with_pictures(rows: list[dict[str, Any]]) -> Dataset:
+    """A data set whose pictures are opened when their batch is made."""
     return Dataset.from_list(rows).cast_column("images", List(Image()))

@@ -7,6 +7,7 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -22,8 +23,9 @@ class Step(NamedTuple):
     Attributes:
         seconds: wall clock, from the word to go until the step is logged, the loading of its data included.
         cpu: seconds of processor time of the process.
-        loss: mean over the step's pairs. grad_norm: before clipping.
+        loss: of the step. grad_norm: before clipping.
         peak: highest resident memory of the process so far, bytes.
+        lengths: tokens of every completion that was sampled in the step.
     """
 
     seconds: float
@@ -31,6 +33,7 @@ class Step(NamedTuple):
     loss: float
     grad_norm: float
     peak: int
+    lengths: tuple[int, ...] = ()
 
 
 class Gate:
@@ -47,10 +50,10 @@ class Gate:
         self.pipe.send(resident_bytes())
         self._wait()
 
-    def stepped(self, loss: float, grad_norm: float) -> None:
+    def stepped(self, loss: float, grad_norm: float, lengths: Sequence[int] = ()) -> None:
         """A step is done; comes back when the next one may begin."""
         seconds, cpu = time.perf_counter() - self.start, time.process_time() - self.cpu
-        self.pipe.send(Step(seconds, cpu, loss, grad_norm, peak_bytes()))
+        self.pipe.send(Step(seconds, cpu, loss, grad_norm, peak_bytes(), tuple(lengths)))
         self._wait()
 
     def _wait(self) -> None:
