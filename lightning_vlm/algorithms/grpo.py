@@ -197,30 +197,35 @@ class GRPO(OnPolicy):
             terms = {"policy": Term(out.total)}
         else:
             scores = self.policy.score(batch, temperature=self.temperature)
-            terms = {"policy": Term(self.loss(scores.logprobs, tokens).sum())}
+            terms = {"policy": Term(self.loss(scores.logprobs, self.advised(scores.logprobs, tokens)).sum())}
             if self.entropy_coef:
                 terms["entropy_bonus"] = Term(-(scores.entropies * tokens.weights).sum(), self.entropy_coef)
         return Micro(terms, self.token_metrics(scores.logprobs.detach(), tokens, batch), scores)
+
+    def advised(self, logprobs: Tensor, tokens: Tokens) -> Tokens:
+        """Tokens with the advantages that the surrogate reads, given the policy's log-probs of them [N]."""
+        return tokens
 
     def fused(self, hidden: Tensor, weight: Tensor, labels: Tensor, tokens: Tokens) -> FusedScores:
         """The surrogate's sum and its gradient in one pass over the head, inside the policy's forward."""
 
         def loss(logprobs: Tensor, where: slice) -> Tensor:
-            return self.loss(logprobs, tokens.part(where))
+            return self.loss(logprobs, self.advised(logprobs, tokens.part(where)))
 
         return fused_token_loss(hidden, weight, labels, loss, temperature=self.temperature)
 
     def token_metrics(self, logprobs: Tensor, tokens: Tokens, batch: ModelBatch) -> dict:
         """Shares of clipped tokens, mean ratio, KL to the reference, gap to the engine."""
         count = float(len(logprobs))
-        low, high = self.loss.clipped(logprobs, tokens)
+        low, high = self.loss.clipped(logprobs, self.advised(logprobs, tokens))
         ratio = self.loss.log_ratio(logprobs, tokens).exp()
         metrics = {"clip_low": (low.sum(), count), "clip_high": (high.sum(), count), "ratio": (ratio.sum(), count)}
         if self.loss.kl_beta:
             known = logprobs if tokens.reference is None else tokens.reference
             metrics["kl"] = k3(logprobs, known).sum(), count
-        if tokens.correction is not None:
-            metrics["correction"] = tokens.correction.sum(), count
+        if self.correction != "none":  # the same names on every rank, whether it has tokens or not
+            factors = ratio.new_zeros(0) if tokens.correction is None else tokens.correction
+            metrics["correction"] = factors.sum(), count
         return metrics | self.gap(logprobs, batch.rows)
 
     def kl_to_start(self, rows: list[Row]) -> dict[str, float]:

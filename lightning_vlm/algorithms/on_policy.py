@@ -325,7 +325,7 @@ class OnPolicy(Algorithm):
         active = [rows for item in items if (rows := [row for row in item if self.learns(row)])]
         counts, report, step = self.accumulate(active, self.losses, self.counts(items))
         rows = [row for item in items for row in item]
-        self.idle = not report["rows"]
+        self.idle = not report["tokens"]  # rows may be dummies
         report["update_tokens"] = report["tokens"]
         # Exact, of every token that was sampled: the engine has seen them all.
         known = [row.info[ENTROPIES] for row in rows if ENTROPIES in row.info]

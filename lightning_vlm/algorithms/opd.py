@@ -13,12 +13,12 @@ from lightning_vlm.algorithms.micro import Item
 from lightning_vlm.algorithms.off_policy import OffPolicy
 from lightning_vlm.algorithms.on_policy import OnPolicy
 from lightning_vlm.algorithms.reference import score_rows
-from lightning_vlm.algorithms.rollout import ADVANTAGES, ENGINE, TEACHER, Rollout, tokens_of
+from lightning_vlm.algorithms.rollout import TEACHER, Rollout, tokens_of
 from lightning_vlm.algorithms.teacher import Teacher
 from lightning_vlm.algorithms.totals import Micro
 from lightning_vlm.losses.distillation import Distilled, distill, sampled_advantages
 from lightning_vlm.losses.fused import FusedScores
-from lightning_vlm.losses.policy_gradient import group_advantages
+from lightning_vlm.losses.policy_gradient import Tokens, group_advantages
 from lightning_vlm.losses.terms import Term
 from lightning_vlm.models.batch import ModelBatch, Row
 from lightning_vlm.models.policy import HeadInput, Scores
@@ -152,14 +152,18 @@ class OPD(GRPO):
             rollout.advise(advantages)
 
     def annotate(self, items: list[Item]) -> None:
-        """With `sampled`, the teacher's log-probs become advantages."""
+        """With `sampled`, also the teacher's log-probs of the drawn tokens."""
         super().annotate(items)
-        if self.objective != "sampled":
-            return
-        score_rows(self, self.teacher, items, TEACHER)
-        for row in (row for item in items for row in item):
-            mixed = sampled_advantages(row.info[ENGINE], row.info[TEACHER].double())
-            row.info[ADVANTAGES] = mixed + self.reward_weight * row.info[ADVANTAGES]
+        if self.objective == "sampled":
+            score_rows(self, self.teacher, items, TEACHER)
+
+    def advised(self, logprobs: Tensor, tokens: Tokens) -> Tokens:
+        """With `sampled`, log π_teacher − log π of each token, π as it was before the first update."""
+        if tokens.teacher is None:
+            return tokens
+        own = logprobs.detach() if tokens.old is None else tokens.old
+        distilled = sampled_advantages(own, tokens.teacher)
+        return tokens._replace(advantages=distilled + self.reward_weight * tokens.advantages)
 
     def learns(self, row: Row) -> bool:
         """Every token has something to learn."""

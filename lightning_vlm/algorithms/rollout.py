@@ -108,6 +108,7 @@ def tokens_of(batch: ModelBatch, *, by_completion: bool, device: torch.device) -
         old=column(OLD),
         reference=column(REFERENCE),
         correction=column(CORRECTION),
+        teacher=column(TEACHER),
     )
 
 

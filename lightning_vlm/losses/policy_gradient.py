@@ -55,6 +55,7 @@ class Tokens(NamedTuple):
         old: [N] log-probs under the policy that the surrogate's ratio is measured from; None: the present one.
         reference: [N] log-probs under the reference; None where no KL is asked for.
         correction: [N] factors for tokens that another distribution than `old` has drawn; None: 1.
+        teacher: [N] log-probs under a teacher, where one gives advantages.
     """
 
     advantages: Tensor
@@ -64,6 +65,7 @@ class Tokens(NamedTuple):
     old: Tensor | None = None
     reference: Tensor | None = None
     correction: Tensor | None = None
+    teacher: Tensor | None = None
 
     def part(self, where: slice) -> Tokens:
         """Some of the tokens."""
@@ -109,7 +111,7 @@ class PolicyLoss:
             loss = -ratio.detach().clamp(low, high) * advantages * logprobs
         elif self.surrogate == "sapo":
             above, below = SAPO_TEMPERATURES
-            temperatures = torch.where(advantages > 0, above, below)
+            temperatures = torch.full_like(advantages, below).masked_fill(advantages > 0, above)
             loss = -torch.sigmoid(temperatures * (ratio - 1)) * 4 / temperatures * advantages
         else:
             bounded = ratio if self.dual_clip is None else ratio.clamp(max=self.dual_clip)

@@ -124,6 +124,10 @@ def unsharded(policy: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        # FSDP2 notes every forward and gathers in backward what it noted before; ranks may have run none in here.
+        policy._get_fsdp_state()._comm_ctx.post_forward_order.clear()
         for module in modules:
+            if (group := module._get_fsdp_state()._fsdp_param_group) is not None:
+                group._post_forward_indices.clear()
             module.reshard()
             module.set_reshard_after_forward(module is not policy, recurse=False)

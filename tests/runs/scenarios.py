@@ -14,6 +14,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lightning_vlm.losses.kernel as kernel
 from callbacks.alarms import EntropyFloor
@@ -22,7 +23,7 @@ from callbacks.benchmarks import Benchmarks
 from callbacks.checkpoint import Checkpoint, last_checkpoint
 from callbacks.dynamics import LearningDynamics
 from lightning_vlm import algorithms
-from lightning_vlm.algorithms import SFT
+from lightning_vlm.algorithms import GRPO, SFT
 from lightning_vlm.algorithms.negatives import Negatives
 from lightning_vlm.algorithms.totals import Micro
 from lightning_vlm.benchmarks import Benchmark, BenchmarkSpec
@@ -49,6 +50,29 @@ class TwoTerms(SFT):
     def counts(self, items):
         rows = [row for item in items for row in item]
         return {"tokens": float(sum(r.scored for r in rows)), "rows": float(sum(r.scored > 0 for r in rows))}
+
+
+class Exchanges(TorchDispatchMode):
+    """Counts collective calls of this rank."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.namespace in ("c10d", "_c10d_functional")
+        return func(*args, **(kwargs or {}))
+
+
+class CountedExchanges(GRPO):
+    """Reports how often ranks talk to each other while they generate."""
+
+    def generate(self, rows, keys):
+        with Exchanges() as exchanges:
+            completions = super().generate(rows, keys)
+        self.exchanges = float(exchanges.count)
+        return completions
+
+    def annotate(self, items):
+        self._fresh["exchanges"] = self.exchanges
 
 
 def algorithm_class(name: str) -> type:
