@@ -12,6 +12,7 @@ from lightning_vlm.algorithms.on_policy import OnPolicy
 from lightning_vlm.algorithms.reference import Kind, Reference, make_reference
 from lightning_vlm.algorithms.rollout import ADVANTAGES, ENGINE, REFERENCE, Rollout, tokens_of
 from lightning_vlm.algorithms.totals import Micro
+from lightning_vlm.benchmarks.benchmark import own_rule
 from lightning_vlm.data.sources.spec import one_of
 from lightning_vlm.losses.fused import FusedScores, fused_token_loss
 from lightning_vlm.losses.policy_gradient import (
@@ -27,6 +28,7 @@ from lightning_vlm.losses.policy_gradient import (
 from lightning_vlm.losses.terms import Term
 from lightning_vlm.models.batch import ModelBatch, Row
 from lightning_vlm.models.policy import Scores
+from lightning_vlm.rewards import Reward
 from lightning_vlm.strategies.sync import sum_over_ranks
 
 
@@ -59,7 +61,7 @@ class GRPO(OnPolicy):
         **kwargs: see `OnPolicy` and `Algorithm`.
 
     Raises:
-        ValueError: no reward, a number out of range, or a setting without effect.
+        ValueError: a number out of range, or a setting without effect.
     """
 
     needs_rewards = True
@@ -109,9 +111,7 @@ class GRPO(OnPolicy):
                 "model.reference cannot be cache: what the policy writes is not known beforehand; take online, or "
                 "adapters_off with LoRA"
             )
-        if self.needs_rewards and not self.rewards:
-            raise ValueError("nothing rewards a completion: name at least one part under model.rewards")
-        if self.rewards and self.group_size < 2 and self.needs_rewards:
+        if self.group_size < 2 and self.needs_rewards:
             raise ValueError(f"model.group_size must be at least 2 to compare completions, got {self.group_size}")
         if filter_on is not None and filter_on not in self.rewards:
             raise ValueError(
@@ -127,9 +127,24 @@ class GRPO(OnPolicy):
         )
         self.aggregation, self.advantage_std, self.entropy_coef = aggregation, advantage_std, entropy_coef
         self.kl_every, self.tries = kl_every, dynamic_sampling
-        self.judged = filter_on or next(iter(self.rewards), None)
+        self.filter_on = filter_on
         self.reference_kind, self.reference_model = reference, reference_model
         self.reference: Reference | None = None
+
+    def setup(self, stage: str) -> None:
+        """Where no reward is named, what grades the training data in evaluation rewards it."""
+        super().setup(stage)
+        if stage == "fit" and self.needs_rewards and not self.rewards:
+            try:
+                rule = own_rule(self.trainer.datamodule.train_specs)
+            except ValueError as error:
+                raise ValueError(f"nothing rewards a completion: {error}; name a part under model.rewards") from error
+            self.rewards = {"accuracy": Reward(kind="accuracy", rule=rule)}
+
+    @property
+    def judged(self) -> str | None:
+        """The part of the reward that says what is right."""
+        return self.filter_on or next(iter(self.rewards), None)
 
     # --- reference --------------------------------------------------------------------------------------------------
 

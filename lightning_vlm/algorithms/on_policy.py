@@ -48,7 +48,8 @@ class OnPolicy(Algorithm):
     first step after every rollout (`train/logprob_gap`).
 
     Args:
-        rewards: the reward's parts by name.
+        rewards: the reward's parts by name; none takes the accuracy by the training data's own grading rule, where an
+            algorithm needs a reward.
         group_size: completions per prompt.
         rollout: how completions are drawn; temperature 1 and at most 256 tokens by default. Log-probs are scored at its
             temperature.
@@ -146,8 +147,12 @@ class OnPolicy(Algorithm):
 
     # --- what a subclass says ---------------------------------------------------------------------------------------
 
-    judged: str | None = None  # the part of the reward that says what is right
     tries: int = 0  # how often groups without spread are replaced
+
+    @property
+    def judged(self) -> str | None:
+        """The part of the reward that says what is right; None without rewards."""
+        return next(iter(self.rewards), None)
 
     def advise(self, rollouts: list[Rollout]) -> None:
         """Give every row its advantages."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
@@ -111,6 +111,28 @@ _RULES_OF = {
 _ANY = ("exact", "option")
 
 
+def own_rule(specs: Mapping[str, SourceSpec]) -> str:
+    """The rule that sources are graded by where none is named.
+
+    Args:
+        specs: named sources.
+
+    Raises:
+        ValueError: a source that no single-answer rule grades by default, or sources of different rules.
+    """
+    found = {}
+    for name, spec in specs.items():
+        rule = _default_rule(spec)
+        if rule is None or RULES[rule].of_a_set:
+            raise ValueError(
+                f"no rule says by itself what an answer to {name!r}, of source kind {spec.kind!r}, is worth"
+            )
+        found[name] = rule
+    if len(set(found.values())) != 1:
+        raise ValueError(f"the sources are graded by different rules: {found}")
+    return next(iter(found.values()))
+
+
 def open_benchmark(spec: BenchmarkSpec, name: str) -> Benchmark:
     """The benchmark that a spec describes.
 
@@ -125,7 +147,7 @@ def open_benchmark(spec: BenchmarkSpec, name: str) -> Benchmark:
             f"benchmark {name!r}: no rule grades source kind {source.kind!r}; these have one: {', '.join(_RULES_OF)}"
         )
     fitting = own if source.kind in ("world", "coco") else (*own, *_ANY)
-    rule = spec.rule or ("geometry3k/mcq" if source.kind == "geometry3k" and source.prompt == "mcq" else own[0])
+    rule = spec.rule or _default_rule(source)
     if rule not in fitting:
         raise ValueError(
             f"benchmark {name!r}: rule {rule!r} does not grade source kind {source.kind!r}{one_of(rule, fitting)}"
@@ -148,6 +170,12 @@ def open_benchmark(spec: BenchmarkSpec, name: str) -> Benchmark:
         n=spec.n,
         every=spec.every,
     )
+
+
+def _default_rule(source: SourceSpec) -> str | None:
+    if source.kind == "geometry3k" and source.prompt == "mcq":
+        return "geometry3k/mcq"
+    return _RULES_OF.get(source.kind, (None,))[0]
 
 
 def _prompt_id(source: SourceSpec) -> str:

@@ -13,7 +13,7 @@ from lightning_vlm.data.sources import SourceSpec
 from lightning_vlm.models.spec import Backbone
 from tools.bench.material import Material
 from tools.bench.worker import Gate
-from tools.bench.works import LR, Contender
+from tools.bench.works import Contender
 
 
 class Gated(L.Callback):
@@ -39,7 +39,7 @@ def train(contender: Contender, material: Material, gate: Gate, *, steps: int) -
     """
     warnings.filterwarnings("ignore")
     backbone = Backbone(path=str(material.model))
-    shared = {"backbone": backbone, "lr": LR, "schedule": "constant", "clip_norm": 1.0}
+    shared = {"backbone": backbone, "lr": contender.lr, "schedule": "constant", "clip_norm": 1.0}
     if contender.data == "preference":
         module = getattr(algorithms, contender.method)(**shared, **contender.settings)
     else:

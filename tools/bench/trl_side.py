@@ -17,7 +17,7 @@ from lightning_vlm.models.processor import load_processor
 from lightning_vlm.models.spec import Backbone
 from tools.bench.material import Material
 from tools.bench.worker import Gate
-from tools.bench.works import LR, Contender
+from tools.bench.works import Contender
 
 
 class Gated(TrainerCallback):
@@ -81,7 +81,7 @@ def shared(contender: Contender, material: Material, steps: int) -> dict[str, An
         "output_dir": str(material.folder / "trl"),
         "per_device_train_batch_size": size.per_step(contender.data) * size.samples(contender.data),
         "max_steps": steps,
-        "learning_rate": LR,
+        "learning_rate": contender.lr,
         "lr_scheduler_type": "constant",
         "use_cpu": True,
         "bf16": False,

@@ -24,6 +24,7 @@ class Contender:
         settings: keyword arguments of that class or of the peer's configuration, beside those every contender shares.
         compact: peer only: score the labelled positions alone and keep all activations, as fast as it can be made.
         data: which of the made data it trains on.
+        lr: learning rate.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Contender:
     settings: Mapping[str, Any] = field(default_factory=dict)
     compact: bool = False
     data: str = "preference"
+    lr: float = LR
 
 
 @dataclass(frozen=True)
@@ -98,12 +100,14 @@ _GROUPS = (
 _ON_POLICY = "Both sides sample at temperature 1 in the timed steps; in the warm-up both train on prepared completions."
 
 
-def _on_policy(name: str, called: str, method: str, data: str, *, compacted: bool = True, **more: Any) -> Work:
+def _on_policy(
+    name: str, called: str, method: str, data: str, *, compacted: bool = True, lr: float = LR, **more: Any
+) -> Work:
     """A work without settings of its own: ours and the peer's differ in nothing that can be set."""
-    peer = {"side": "trl", "method": method, "data": data}
+    peer = {"side": "trl", "method": method, "data": data, "lr": lr}
     return Work(
         name=name,
-        ours=Contender(called, "ours", method, data=data),
+        ours=Contender(called, "ours", method, data=data, lr=lr),
         shipped=Contender(f"TRL {called}", **peer),
         compacted=Contender(f"TRL {called}, compacted", **peer, compact=True) if compacted else None,
         **more,
@@ -146,7 +150,8 @@ WORKS: dict[str, Work] = {
             title="GRPO, rollout included, where completions end by themselves after 25 of 64 tokens on average",
             shape=_GROUPS,
             resized={"mean": lambda size: 25 / 64 * size.completion},
-            note=_ON_POLICY,
+            lr=1e-6,  # TRL's default: with more the policy soon writes longer completions
+            note=f"{_ON_POLICY} The learning rate is 1e-6, so that lengths stay what they are.",
         ),
         _on_policy(
             "grpo-336",
