@@ -13,10 +13,17 @@ from .conftest import run_scenarios
 STEPS = 6
 GENERATED = {"data": 0.5, "on_policy": 0.3, "beam": 0.2, "rule": "world/exact", "refresh": 2}
 GENERATED |= {"draws": 2, "beams": 2, "max_new_tokens": 12}
+# A stop text of one letter makes completions, and so rewards, differ.
+ROLLOUT = {"group_size": 2, "rollout": {"temperature": 1.0, "max_new_tokens": 6, "stop": ["e"]}}
+LENGTH = ROLLOUT | {"rewards": {"length": {"kind": "length", "target": 4}}}
 CASES = {name: {"algorithm": name} for name in sorted(algorithms.__all__) if name != "Algorithm"} | {
     # Running means, a random share of negatives, and batches that feed two optimizer steps.
     "CW-DPO": {"algorithm": "DPO", "weighting": "cooling", "ell_floor": "mean", "bco_weight": 0.2},
     "CW-DPO, generated": {"algorithm": "DPO", "weighting": "cooling", "ell_floor": "mean", "negatives": GENERATED},
+    # A reference of its own; several steps from one rollout, and groups that are replaced.
+    "GRPO": {"algorithm": "GRPO", "kl_beta": 0.1} | LENGTH,
+    "GRPO, refilled": {"algorithm": "GRPO", "steps_per_rollout": 2, "epochs": 2, "dynamic_sampling": 2} | LENGTH,
+    "OPD": {"algorithm": "OPD", "teacher": "embedded:qwen2_5_vl-small"} | ROLLOUT,
     "SFT-C, lazy": {"algorithm": "SFTC", "threshold": 4.3, "lazy": 2, "negative_fraction": 0.7},
 }
 
@@ -42,8 +49,8 @@ def spec_of(case: str, strategy: str, kill_at: int) -> dict:
 
 
 def killed_at(case: str, kill_at: int) -> int:
-    """Batches that feed two steps are done at every other one."""
-    return 4 if "generated" in case else kill_at
+    """Batches that feed two steps, or four, are done at every second one, or fourth."""
+    return 4 if "generated" in case or "refilled" in case else kill_at
 
 
 CELLS = [(1, "auto", 3), (1, "auto", 4), (2, "ddp", 3), (2, "fsdp2", 3)]  # processes, strategy, killed at step

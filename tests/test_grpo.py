@@ -112,8 +112,9 @@ def load(path: str) -> Policy:
     return Policy(model, family_of(model))
 
 
-@pytest.mark.parametrize("aggregation", AGGREGATIONS)
-@pytest.mark.parametrize("importance", ["token", "sequence"])
+@pytest.mark.parametrize(
+    "importance, aggregation", [*(("token", name) for name in AGGREGATIONS), ("sequence", "sequence")]
+)
 def test_entropy_and_kl_against_a_slow_oracle(tmp_path, other, aggregation, importance):  # noqa: F811
     """All at once, at a temperature of its own; then each alone, without any advantage."""
     kl = {"kl_beta": 0.3, "reference": "online", "reference_model": other}

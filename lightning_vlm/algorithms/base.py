@@ -24,7 +24,7 @@ from lightning_vlm.algorithms.groups import build_optimizer
 from lightning_vlm.algorithms.guard import PartGuard, require_finite
 from lightning_vlm.algorithms.micro import Item, micro_batches
 from lightning_vlm.algorithms.optimizer import PartOptimizer, Schedule, lr_factor
-from lightning_vlm.algorithms.totals import Micro, StepTotals
+from lightning_vlm.algorithms.totals import Micro, StepTotals, peak_memory
 from lightning_vlm.data.loading import StepBatch
 from lightning_vlm.losses.terms import objective
 from lightning_vlm.models.adapters import load_adapter_file
@@ -226,8 +226,8 @@ class Algorithm(EvaluationMixin, L.LightningModule):
         total = norms.pop("total")
         if any(counts.values()) and not self.idle:  # a step that could learn nothing says nothing about parts
             self.guard.observe(self.clock, norms, images=any(row.images for item in items for row in item))
-        seconds = time.perf_counter() - start
-        self._report(report | {"grad_norm": total, "skipped": skipped, "seconds": seconds}, norms, rates, step)
+        report |= {"grad_norm": total, "skipped": skipped, "memory_gib": peak_memory(self.device)}
+        self._report(report | {"seconds": time.perf_counter() - start}, norms, rates, step)
 
     def gradient(self, items: list[Item]) -> tuple[dict[str, float], dict[str, float], StepTotals]:
         """The objective's gradient over the items of all ranks; one pass over them by default.

@@ -111,6 +111,8 @@ class OnPolicy(Algorithm):
         ):
             if value < 1:
                 raise ValueError(f"model.{name} must be at least 1, got {value}")
+        if max_gap is not None and max_gap <= 0:
+            raise ValueError(f"model.max_gap must be positive, got {max_gap}; leave it out for the default")
         self.rollout = rollout or Sampling(temperature=1.0)
         if self.rollout.greedy:
             raise ValueError(

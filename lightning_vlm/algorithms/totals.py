@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 from typing import NamedTuple
 
 import torch
@@ -11,6 +13,14 @@ from lightning_vlm.losses.terms import Term
 from lightning_vlm.models.batch import ModelBatch
 from lightning_vlm.models.policy import Scores
 from lightning_vlm.strategies.sync import sum_over_ranks
+
+
+def peak_memory(device: torch.device) -> float:
+    """Highest memory so far, GiB: of the device that is trained on, or of this process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 class Micro(NamedTuple):

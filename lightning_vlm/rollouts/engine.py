@@ -118,9 +118,11 @@ class PolicyEngine:
         """See `Engine.generate`.
 
         Raises:
-            ValueError: n below 1, an empty prompt, or a prompt with an image that is cut off.
+            ValueError: n below 1, an empty prompt, a prompt with an image that is cut off, or one that leaves no room
+                for `max_new_tokens` in the model's context.
         """
         _check(prompts, n)
+        self._check_context(prompts, sampling.max_new_tokens)
         draws = 1 if sampling.greedy else n  # greedy draws of one prompt are one and the same
         jobs = [(p, d) for p in _order(prompts) for d in range(draws)]
         done: dict[tuple[int, int], Completion] = {}
@@ -158,6 +160,7 @@ class PolicyEngine:
                 with an image that is cut off.
         """
         _check(prompts, n)
+        self._check_context(prompts, max_new_tokens)
         search = BeamSearch(beams=beams, max_new_tokens=max_new_tokens, length_penalty=length_penalty)
         if n > beams:
             raise ValueError(f"a search with {beams} beams has no {n} best: set n to at most {beams}, or more beams")
@@ -173,6 +176,16 @@ class PolicyEngine:
                     found[p] = [self._completion(*beam) for beam in best[:n]]
                 bar.update(len(some))
         return found
+
+    def _check_context(self, prompts: Sequence[Row], new_tokens: int) -> None:
+        """Beyond its context a model writes nonsense, silently."""
+        limit = getattr(self.policy.model.config.get_text_config(), "max_position_embeddings", None)
+        longest = max(prompts, key=len, default=None)
+        if limit is not None and longest is not None and len(longest) + new_tokens > limit:
+            raise ValueError(
+                f"prompt {longest.id!r} has {len(longest)} tokens and may be continued by {new_tokens}, more than the "
+                f"{limit} that the model can see: lower max_new_tokens, or data.max_length"
+            )
 
     def _collate(self, rows: list[Row]) -> ModelBatch:
         device = next(self.policy.model.parameters()).device

@@ -258,12 +258,12 @@ def make_it_end(model: torch.nn.Module, ids: torch.Tensor, *, end: int, probabil
             layer.mlp.down_proj.weight[0] = 0
         head[:, 0] = 0
         language.embed_tokens.weight[:, 0] = 0
-        # About as large as all other coordinates together are in the end, so that it varies little with them.
+        # Several times what all other coordinates are together, so that it varies little with them behind the norm.
         stream = []
         hook = language.norm.register_forward_pre_hook(lambda norm, args: stream.append(args[0]))
         model.model(input_ids=ids, use_cache=False)
         hook.remove()
-        language.embed_tokens.weight[:, 0] = stream[0].norm(dim=-1).mean()
+        language.embed_tokens.weight[:, 0] = 4 * stream[0].norm(dim=-1).mean()
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
         others = (hidden @ head.T).index_fill(-1, torch.tensor(end), -torch.inf).logsumexp(-1).mean()
         head[end] = 0
