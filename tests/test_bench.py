@@ -318,13 +318,18 @@ def test_defaults(monkeypatch):
 def test_a_tiny_run(tmp_path):
     pytest.importorskip("trl", reason="TRL is not installed (extra `trl`)")
     out = tmp_path / "figures.json"
-    words = ["--works", "dpo,cw_dpo", "--size", "tiny", "--pairs", "1", "--json", str(out)]
+    works = ["dpo", "cw_dpo", "grpo-varied", "rollout", "opd"]
+    words = ["--works", ",".join(works), "--size", "tiny", "--pairs", "1", "--json", str(out)]
     run = subprocess.run([sys.executable, "-m", "tools.bench", *words], capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr
     figures = json.loads(out.read_text())
-    assert [r["work"] for r in figures["results"]] == ["dpo", "cw_dpo"]
+    assert [r["work"] for r in figures["results"]] == works
     for r in figures["results"]:
         assert r["largest_gap"] < 1e-4
         assert r["ratio"] > 0 and r["peak_ratio"] > 0
         assert all(len(c["seconds"]) == 1 for c in r["contenders"].values())
+    sampled = {r["work"]: [c["lengths"] for c in r["contenders"].values()] for r in figures["results"]}
+    assert sampled["dpo"] == [[[]]] * 4
+    assert all(len(lengths[0]) == 2 * 4 and max(lengths[0]) <= 8 for lengths in sampled["grpo-varied"])
+    assert sampled["opd"] and all(len(lengths[0]) == 4 for lengths in sampled["opd"])
     assert "leaked" not in run.stderr

@@ -94,3 +94,10 @@ def test_killed_and_resumed_equals_uninterrupted(runs, processes, strategy, kill
     assert want["weights"].keys() == got["weights"].keys()
     different = [n for n, w in want["weights"].items() if not torch.equal(w, got["weights"][n])]
     assert different == []
+
+
+def test_groups_are_replaced_before_the_kill_and_after_it(runs):
+    """Or a place among further prompts that is lost would not be missed."""
+    kill_at, whole, resumed = runs(1, "auto", 3)["GRPO, refilled"]
+    refills = [step.get("train/refills", 0.0) for step in whole["steps"]]
+    assert min(refills[0], refills[kill_at]) > 0 and refills[kill_at] == resumed["steps"][0]["train/refills"]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lightning_vlm.export.directory import full_state_dict
 from lightning_vlm.models.batch import Row
 from lightning_vlm.models.policy import Policy
 from lightning_vlm.rollouts import Completion, PolicyEngine, Sampling, ServerEngine
@@ -68,10 +69,7 @@ class Generation:
         module = self.module
         policy, context = module.policy, unsharded
         if self._remote is not None:
-            with unsharded(policy):
-                if module.trainer.is_global_zero:
-                    self._remote.sync((name, p.detach()) for name, p in policy.model.named_parameters())
-            module.trainer.strategy.barrier()
+            self._send(self._remote)
             return self._remote.generate(rows, n=n, sampling=sampling, keys=keys)
         if self._copy is not None:
             with unsharded(policy), torch.no_grad():
@@ -80,3 +78,12 @@ class Generation:
             policy, context = self._copy, None
         engine = PolicyEngine(policy, module.processor, batch_size=self.batch_size, context=context)
         return engine.generate(rows, n=n, sampling=sampling, keys=keys)
+
+    def _send(self, remote: ServerEngine) -> None:
+        """The present weights to the server, by the first rank; tied ones once."""
+        module = self.module
+        state = full_state_dict(module.policy.model)  # gathers, so every rank takes part
+        if module.trainer.is_global_zero:
+            own = {id(tensor): (name, tensor) for name, tensor in reversed(state.items())}
+            remote.sync((name, tensor.to(module.device)) for name, tensor in reversed(own.values()))
+        module.trainer.strategy.barrier()
