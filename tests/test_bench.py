@@ -320,7 +320,7 @@ def test_a_tiny_run(tmp_path):
     out = tmp_path / "figures.json"
     works = ["dpo", "cw_dpo", "grpo-varied", "rollout", "opd"]
     words = ["--works", ",".join(works), "--size", "tiny", "--pairs", "1", "--json", str(out)]
-    run = subprocess.run([sys.executable, "-m", "tools.bench", *words], capture_output=True, text=True, timeout=600)
+    run = subprocess.run([sys.executable, "-m", "tools.bench", *words], capture_output=True, text=True, timeout=900)
     assert run.returncode == 0, run.stderr
     figures = json.loads(out.read_text())
     assert [r["work"] for r in figures["results"]] == works

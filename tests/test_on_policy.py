@@ -270,7 +270,7 @@ def test_without_rewards_what_grades_the_data_does(tmp_path):
     record = fit(tmp_path, {"rewards": {}, "dynamic_sampling": 1})
     assert record["module"].rewards == {"accuracy": Reward(kind="accuracy", rule="world/exact")}
     assert column(record, "reward") == column(record, "reward/accuracy")
-    with pytest.raises(ValueError, match=r"nothing rewards a completion: .*; name a part under model.rewards"):
+    with pytest.raises(ValueError, match=r"model.rewards.accuracy: no rule says by itself .*; set its rule"):
         fit(tmp_path, {"rewards": {}}, worlds={}, data=write_data(tmp_path / "data", "text", lambda i: False))
 
 

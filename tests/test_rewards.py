@@ -245,7 +245,6 @@ def test_a_text_longer_than_the_reward_model_reads_is_an_error(judge):
     ("settings", "message"),
     [
         ({"kind": "acuracy"}, "unknown kind 'acuracy'; did you mean 'accuracy'"),
-        ({"kind": "accuracy"}, "needs 'rule'"),
         ({"kind": "accuracy", "rule": "world/exakt"}, "did you mean 'world/exact'"),
         ({"kind": "accuracy", "rule": "coco/python"}, "scores a set of captions"),
         ({"kind": "format", "pattern": "("}, "no regular expression"),

@@ -12,7 +12,6 @@ from lightning_vlm.algorithms.on_policy import OnPolicy
 from lightning_vlm.algorithms.reference import Kind, Reference, make_reference
 from lightning_vlm.algorithms.rollout import ADVANTAGES, ENGINE, REFERENCE, Rollout, tokens_of
 from lightning_vlm.algorithms.totals import Micro
-from lightning_vlm.benchmarks.benchmark import own_rule
 from lightning_vlm.data.sources.spec import one_of
 from lightning_vlm.losses.fused import FusedScores, fused_token_loss
 from lightning_vlm.losses.policy_gradient import (
@@ -28,7 +27,6 @@ from lightning_vlm.losses.policy_gradient import (
 from lightning_vlm.losses.terms import Term
 from lightning_vlm.models.batch import ModelBatch, Row
 from lightning_vlm.models.policy import Scores
-from lightning_vlm.rewards import Reward
 from lightning_vlm.strategies.sync import sum_over_ranks
 
 
@@ -63,8 +61,6 @@ class GRPO(OnPolicy):
     Raises:
         ValueError: a number out of range, or a setting without effect.
     """
-
-    needs_rewards = True
 
     def __init__(
         self,
@@ -130,16 +126,6 @@ class GRPO(OnPolicy):
         self.filter_on = filter_on
         self.reference_kind, self.reference_model = reference, reference_model
         self.reference: Reference | None = None
-
-    def setup(self, stage: str) -> None:
-        """Where no reward is named, what grades the training data in evaluation rewards it."""
-        super().setup(stage)
-        if stage == "fit" and self.needs_rewards and not self.rewards:
-            try:
-                rule = own_rule(self.trainer.datamodule.train_specs)
-            except ValueError as error:
-                raise ValueError(f"nothing rewards a completion: {error}; name a part under model.rewards") from error
-            self.rewards = {"accuracy": Reward(kind="accuracy", rule=rule)}
 
     @property
     def judged(self) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -26,12 +27,13 @@ from lightning_vlm.algorithms.rollout import (
 )
 from lightning_vlm.algorithms.rollout_report import answer_finder, rollout_sums
 from lightning_vlm.algorithms.totals import StepTotals
+from lightning_vlm.benchmarks.benchmark import own_rule
 from lightning_vlm.data.loading import StepBatch
 from lightning_vlm.losses.policy_gradient import Correction, correction_factors
 from lightning_vlm.models.batch import Row
 from lightning_vlm.models.families import blocks
 from lightning_vlm.rewards import Reward, Rewards
-from lightning_vlm.rollouts import Completion, Sampling, prompt_of
+from lightning_vlm.rollouts import Completion, RolloutSampling, prompt_of
 from lightning_vlm.strategies.sync import gather_over_ranks, max_over_ranks, sum_over_ranks
 
 _GAPS = {
@@ -85,7 +87,7 @@ class OnPolicy(Algorithm):
         *,
         rewards: dict[str, Reward] | None = None,
         group_size: int = 8,
-        rollout: Sampling | None = None,
+        rollout: RolloutSampling | None = None,
         steps_per_rollout: int = 1,
         epochs: int = 1,
         mask_truncated: bool = False,
@@ -113,7 +115,7 @@ class OnPolicy(Algorithm):
                 raise ValueError(f"model.{name} must be at least 1, got {value}")
         if max_gap is not None and max_gap <= 0:
             raise ValueError(f"model.max_gap must be positive, got {max_gap}; leave it out for the default")
-        self.rollout = rollout or Sampling(temperature=1.0)
+        self.rollout = rollout or RolloutSampling()
         if self.rollout.greedy:
             raise ValueError(
                 "model.rollout.temperature is 0: greedy completions of one prompt are all the same and nothing can be "
@@ -171,7 +173,26 @@ class OnPolicy(Algorithm):
         """Whether a group is worth learning from, when groups without spread are replaced."""
         return True
 
+    needs_rewards = True
+
     # --- life -------------------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Where nothing is named, what grades the training data in evaluation rewards it."""
+        super().setup(stage)
+        if stage != "fit":
+            return
+        if self.needs_rewards and not self.rewards:
+            self.rewards = {"accuracy": Reward(kind="accuracy")}
+        for name, reward in self.rewards.items():
+            if reward.kind == "accuracy" and reward.rule is None:
+                try:
+                    rule = own_rule(self.trainer.datamodule.train_specs)
+                except ValueError as error:
+                    raise ValueError(
+                        f"model.rewards.{name}: {error}; set its rule, or name another reward"
+                    ) from error
+                self.rewards = self.rewards | {name: replace(reward, rule=rule)}
 
     def extend_policy(self) -> None:
         """Whoever generates is made while the policy is whole."""

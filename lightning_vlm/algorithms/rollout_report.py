@@ -53,7 +53,7 @@ def rollout_sums(
     totals = _stack([r.totals for r in rollouts], group_size)
     values = torch.stack([r.values for r in rollouts]) if rollouts else torch.zeros(0, group_size, len(names))
     sums["reward"] = _mean(totals)
-    sums["reward_std"] = _mean(totals.std(1)) if group_size > 1 else (0.0, float(len(totals)))
+    sums["reward_std"] = _mean(totals.std(1)) if group_size > 1 and rollouts else (0.0, float(len(totals)))
     sums["zero_spread"] = _mean((~has_spread(totals)).double())
     for place, name in enumerate(names):
         part = values[..., place]

@@ -28,7 +28,6 @@ READS: dict[str, tuple[str, ...]] = {
     "python": ("function", "options", "columns", "style", "completions", *_LIMITS),
 }
 _NEEDS = {
-    "accuracy": ("rule", "world/exact"),
     "overlong": ("ramp", "16"),
     "length": ("target", "100"),
     "cider": ("document_frequencies", "frequencies.json"),
@@ -46,7 +45,8 @@ class Reward:
             `overlong` (DAPO's soft punishment of length), `length` (−|tokens − target| / target, at least −1),
             `cider` (CIDEr-D, 0 to 10), `model` (a reward model's score), `python` (a function of yours).
         weight: the part's factor in the sum of the parts.
-        rule: `accuracy`: a grading rule by name, such as `world/exact`, `geometry3k/freeform` or `answer/short`.
+        rule: `accuracy`: a grading rule by name, such as `world/exact`, `geometry3k/freeform` or `answer/short`; none
+            takes what grades the training data in evaluation.
         pattern: `format`: regular expression that the whole completion must match; `.` matches line breaks. The
             default is one <think>…</think> followed by one <answer>…</answer>.
         ramp: `overlong`: tokens over which the punishment grows from 0, at `limit` − `ramp`, to −1, at `limit`.
@@ -114,7 +114,7 @@ class Reward:
                 raise ValueError(f"model.rewards: {name} must be at least 1, got {value}")
         if not 0 < self.seconds < math.inf:
             raise ValueError(f"model.rewards: seconds must be positive, got {self.seconds}")
-        if self.kind == "accuracy":
+        if self.kind == "accuracy" and self.rule is not None:
             self._check_rule()
         for name, valid in (
             ("tokenizer", ("python", "ptb")),

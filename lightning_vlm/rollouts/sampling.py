@@ -74,6 +74,13 @@ class Sampling:
         return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
 
 
+@dataclass(frozen=True, kw_only=True)
+class RolloutSampling(Sampling):
+    """Settings of the rollouts that are learned from: as `Sampling`, but drawn by default, at temperature 1."""
+
+    temperature: float = 1.0
+
+
 def draw_key(seed: int, step: int, row_id: str, draw: int) -> int:
     """Signed 64-bit key of one completion: a hash of what names it, and of nothing else."""
     text = f"{seed}\x1f{step}\x1f{draw}\x1f{row_id}"
@@ -144,7 +151,7 @@ def draw_tokens(
         banned_K: [K] ids that are never drawn, not even when they are the most likely.
         seen_BT: [B, T] ids that the repetition penalty bears on; needed where there is one.
     """
-    logits_BV = logits_BV.float()
+    logits_BV = logits_BV if logits_BV.dtype == torch.float64 else logits_BV.float()
     banned_K = banned_K[banned_K < logits_BV.shape[1]]
     kept_BV = _kept(logits_BV, sampling, banned_K, seen_BT)
     if sampling.temperature not in (0, 1):

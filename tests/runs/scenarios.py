@@ -25,6 +25,7 @@ from callbacks.dynamics import LearningDynamics
 from lightning_vlm import algorithms
 from lightning_vlm.algorithms import GRPO, SFT
 from lightning_vlm.algorithms.negatives import Negatives
+from lightning_vlm.algorithms.on_policy import OnPolicy
 from lightning_vlm.algorithms.totals import Micro
 from lightning_vlm.benchmarks import Benchmark, BenchmarkSpec
 from lightning_vlm.data.module import VLMData
@@ -33,7 +34,7 @@ from lightning_vlm.losses.terms import Term
 from lightning_vlm.models.parts import PartPolicy
 from lightning_vlm.models.spec import Backbone
 from lightning_vlm.rewards import Reward
-from lightning_vlm.rollouts import Sampling
+from lightning_vlm.rollouts import RolloutSampling, decode
 from lightning_vlm.strategies import FSDP2
 
 
@@ -113,8 +114,12 @@ class Record(L.Callback):
         module.accumulate, module._apply_gradients, module._report = note_rows, note_gradients, note_report
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
-        if self.kill_at is not None and module.clock == self.kill_at:
+        if self.kill_at is None or module.clock != self.kill_at:
+            return
+        if not isinstance(module, OnPolicy):
             os.kill(os.getpid(), signal.SIGKILL)
+        # In the middle of a rollout: prompts have run, the first tokens are about to be drawn.
+        decode.draw_tokens = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 
 
 def facts(row) -> tuple:
@@ -168,7 +173,7 @@ def run(spec: dict[str, Any], world: int) -> dict[str, Any]:
 
     Keys: `model`, `data` JSONL, `world` options or `worlds` (options by name), `dtype`, `algorithm` class name,
     `strategy` (auto | ddp | fsdp2), `mixed_precision`, `precision`, `steps`, `batch_size`, `settings` of the algorithm,
-    `chunk_bytes`, `shuffle`, `run_dir`, `checkpoint`, `resume` ("last"), `kill_at`, `workers`, `on_bad_sample`,
+    `chunk_bytes`, `shuffle`, `run_dir`, `checkpoint`, `resume` ("last"), `kill_at` step, `workers`, `on_bad_sample`,
     `benchmark` (options of the world it asks about), `unscorable` (its scoring fails), `probe` (options of the world it
     follows), `alarm` (lowers the learning rate at the first probe), `cache` (folder of stores), `refused` (the record
     is a ValueError).
@@ -183,7 +188,7 @@ def run(spec: dict[str, Any], world: int) -> dict[str, Any]:
     if "rewards" in settings:
         settings["rewards"] = {name: Reward(**reward) for name, reward in settings["rewards"].items()}
     if "rollout" in settings:
-        settings["rollout"] = Sampling(**settings["rollout"])
+        settings["rollout"] = RolloutSampling(**settings["rollout"])
     module = algorithm_class(spec.get("algorithm", "SFT"))(backbone=backbone, **settings)
     data = VLMData(
         backbone=backbone,

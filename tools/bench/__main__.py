@@ -5,8 +5,9 @@
 Every contender is a process that stays alive and does one optimizer step when it is its turn: the same model directory,
 data, precision (float32), threads, AdamW. Ours goes through Lightning's Trainer, the data module and the algorithm; TRL
 through its own trainer. "As shipped" keeps TRL's defaults; "compacted" scores labelled positions only, as TRL does by
-itself where Triton runs, and recomputes no activations. Losses must agree before anything is timed; where completions
-are sampled, both sides take the same prepared ones until then, and both rewards are the same function of the ids.
+itself where Triton runs, recomputes no activations, and takes at most 8 rows at a time. Losses must agree before
+anything is timed; where completions are sampled, both sides take the same prepared ones until then, and both rewards
+are the same function of the ids.
 """
 
 from __future__ import annotations

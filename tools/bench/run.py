@@ -134,7 +134,7 @@ def result(work: Work, workers: dict[str, Worker], gap: float, filling: float | 
         **{f"peer{form}_s": median(seconds(peer)) for form, peer in peers.items()},
         **{f"peak_ratio{form}": peak(ours) / peak(peer) for form, peer in peers.items()},
         "peak_ratio_above": (peak(ours) - ours.base) / (peak(shipped) - shipped.base),
-        "compared": work.compared[0],
+        "compared": " and ".join(work.compared),
         "largest_gap": gap,
         "cache_filling_s": filling,
         "note": work.note,

@@ -73,7 +73,6 @@ def make_grpo(contender: Contender, material: Material, gate: Gate, *, steps: in
         max_completion_length=material.size.completion,
         shuffle_dataset=False,
         loss_type="dapo",
-        **contender.settings,
     )
     return gated(
         GatedGRPO,
@@ -92,7 +91,6 @@ def make_distillation(contender: Contender, material: Material, gate: Gate, *, s
         max_completion_length=material.size.completion,
         shuffle_dataset=False,
         beta=1.0,
-        **contender.settings,
     )
     data = prompts(contender, material)
     teacher = str(material.teacher)

@@ -24,7 +24,7 @@ class Gated(TrainerCallback):
     """Stops before the first step and after every one; a step ends with its line in the log.
 
     Attributes:
-        loss: of the step, set by the trainer. lengths: of the completions sampled in it, in tokens.
+        loss: of the step so far, set by the trainer. lengths: of the completions sampled in it, in tokens.
     """
 
     def __init__(self, gate: Gate) -> None:
@@ -39,7 +39,8 @@ class Gated(TrainerCallback):
     def on_log(self, args, state, control, logs: dict[str, Any], **kwargs: Any) -> None:
         """An optimizer step is done and logged."""
         if "grad_norm" in logs:
-            self.gate.stepped(float(self.loss), float(logs["grad_norm"]), self.lengths)
+            loss, self.loss = float(self.loss), torch.zeros(())
+            self.gate.stepped(loss, float(logs["grad_norm"]), self.lengths)
 
 
 class TellsLoss:
@@ -48,9 +49,9 @@ class TellsLoss:
     gated: Gated
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The trainer's own loss."""
+        """The trainer's own loss, of a micro-batch; they add up to the step's."""
         loss = super().compute_loss(*args, **kwargs)
-        self.gated.loss = loss.detach()
+        self.gated.loss = self.gated.loss + loss.detach()
         return loss
 
 
@@ -67,7 +68,7 @@ def train(contender: Contender, material: Material, gate: Gate, *, steps: int) -
 
         run(contender, material, gate, steps=steps)
         return
-    config = DPOConfig(**shared(contender, material, steps), train_sampling_strategy="sequential", **contender.settings)
+    config = DPOConfig(**shared(contender, material, steps), train_sampling_strategy="sequential")
     gated = Gated(gate)
     trainer = GatedDPO(args=config, train_dataset=preference_data(material), **loaded(material), callbacks=[gated])
     trainer.gated = gated
@@ -75,11 +76,17 @@ def train(contender: Contender, material: Material, gate: Gate, *, steps: int) -
 
 
 def shared(contender: Contender, material: Material, steps: int) -> dict[str, Any]:
-    """What the configurations of all trainers have in common: a step is one batch, completions counted."""
-    size = material.size
+    """What the configurations of all trainers have in common, and the contender's own.
+
+    A step is one batch. Compacted, it is cut into micro-batches of TRL's default size, which takes as long and far less
+    memory.
+    """
+    rows = material.size.per_step(contender.data) * material.size.samples(contender.data)
+    together = min(8, rows) if contender.compact else rows
     return {
         "output_dir": str(material.folder / "trl"),
-        "per_device_train_batch_size": size.per_step(contender.data) * size.samples(contender.data),
+        "per_device_train_batch_size": together,
+        "gradient_accumulation_steps": rows // together,
         "max_steps": steps,
         "learning_rate": contender.lr,
         "lr_scheduler_type": "constant",
@@ -90,6 +97,7 @@ def shared(contender: Contender, material: Material, steps: int) -> dict[str, An
         "report_to": "none",
         "save_strategy": "no",
         "disable_tqdm": True,
+        **contender.settings,
     }
 
 

@@ -22,7 +22,8 @@ class Contender:
         side: who trains.
         method: what is done: a class of `lightning_vlm.algorithms`, or `Rollout`; the peer has its own for each.
         settings: keyword arguments of that class or of the peer's configuration, beside those every contender shares.
-        compact: peer only: score the labelled positions alone and keep all activations, as fast as it can be made.
+        compact: peer only: score the labelled positions alone, keep all activations, take micro-batches of 8; as good
+            as it can be made.
         data: which of the made data it trains on.
         lr: learning rate.
     """
@@ -45,7 +46,7 @@ class Work:
         title: one line of what an optimizer step does.
         shape: what a step takes, with the names of `Size` in braces.
         ours: the contender that the ratios are about.
-        shipped: the peer with its own defaults. compacted: the peer at its fastest, where
+        shipped: the peer with its own defaults. compacted: the peer at its best, where
             that is something else.
         variants: further contenders of ours, by a short name.
         check: contender of ours whose losses must equal the peer's; `ours` by default.
