@@ -29,7 +29,7 @@ from lightning_vlm.models.policy import Policy
 from lightning_vlm.models.processor import load_processor
 from lightning_vlm.models.spec import Backbone
 from lightning_vlm.models.tiny import TINY_FAMILIES, make_tiny
-from lightning_vlm.rollouts import PolicyEngine, Sampling, completion_row
+from lightning_vlm.rollouts import PolicyEngine, Sampling, completion_row, decode
 from lightning_vlm.rollouts.sampling import draw_key, draw_tokens, filter_logits, keyed_uniform
 
 V, PAD, EOS, IMAGE, VIDEO, START, END = 24, 0, 1, 2, 3, 4, 5
@@ -185,14 +185,14 @@ def test_a_stop_text_ends_a_completion_and_stays(policy, prompts):
 def test_prompts_run_once_and_what_has_ended_leaves_the_batch(policy, prompts, monkeypatch):
     """Rows of each forward: the prompts first, then never more than what is still being written and an eighth."""
     shapes = []
-    forward = policy.model.forward
+    forward = policy.model.model.forward
 
     @wraps(forward)
     def counted(*args, **kwargs):
         shapes.append(tuple(kwargs["input_ids"].shape))
         return forward(*args, **kwargs)
 
-    monkeypatch.setattr(policy.model, "forward", counted)
+    monkeypatch.setattr(policy.model.model, "forward", counted)
     (*groups,) = PolicyEngine(policy, PROCESSOR).generate(prompts, n=6, sampling=SAMPLED, keys=(1, 1))
     lengths = [len(completion.ids) for group in groups for completion in group]
     assert shapes[0] == (4, max(map(len, prompts))) and all(width == 1 for _, width in shapes[1:])
@@ -247,15 +247,11 @@ def test_logprobs_equal_a_teacher_forced_forward(policy, prompts, sampling):
 
 def test_banned_ids_never_come_out(policy, prompts, monkeypatch):
     """Even with by far the largest logit, greedy and sampled."""
-    forward = policy.model.forward
 
-    @wraps(forward)
-    def pushed(*args, **kwargs):
-        out = forward(*args, **kwargs)
-        out.logits = out.logits.index_fill(-1, torch.tensor([IMAGE, VIDEO]), 1e4)
-        return out
+    def pushed(logits, *args):
+        return draw_tokens(logits.index_fill(-1, torch.tensor([IMAGE, VIDEO]), 1e4), *args)
 
-    monkeypatch.setattr(policy.model, "forward", pushed)
+    monkeypatch.setattr(decode, "draw_tokens", pushed)
     for sampling in (GREEDY, SAMPLED, Sampling(max_new_tokens=12, temperature=1.0, top_k=1)):
         for group in PolicyEngine(policy, PROCESSOR).generate(prompts, n=2, sampling=sampling, keys=(0, 0)):
             for completion in group:

@@ -128,8 +128,13 @@ def runs(tmp_path_factory):
         spec("mixed", {}, mixed),
         spec("refreshed", {}, mixed | {"refresh": 2}),
         spec("cached", {"reference": "cache"}, mixed | {"refresh": 2}, cache=str(folder / "cache")),
-        spec("alone", {}, mixed | {"data": 0.0, "beam": 0.0, "beams": 4, "draws": 1}),
-        spec("sft_c", {"threshold": 1e3}, mixed | {"data": 0.0, "beam": 0.0, "beams": 4, "draws": 1}, algorithm="SFTC"),
+        spec("alone", {}, mixed | {"data": 0.0, "beam": 0.0, "beams": 4, "draws": 1, "max_new_tokens": 6}),
+        spec(
+            "sft_c",
+            {"threshold": 1e3},
+            mixed | {"data": 0.0, "beam": 0.0, "beams": 4, "draws": 1, "max_new_tokens": 6},
+            algorithm="SFTC",
+        ),
     ]
     at_end = {"size": 3, "every": 1000}
     one.append(spec("watched", {}, {"on_policy": 1.0, "rule": RULE, "refresh": 2}, benchmark=at_end))

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lightning_vlm.models.policy import Policy
 
 _ROOM = 64  # tokens that a cache grows by at least
+_COPY = 2**28  # bytes of a head that is copied for speed
 _LEAVE = 8  # completions that have ended leave the batch once they are one in this many
 
 
@@ -108,8 +109,9 @@ def decode(
     cache = Cache(layer_class_to_replicate=GrowingLayer)
     with policy.inputs(batch) as inputs:
         inputs["position_ids"] = policy.positions(batch, inputs)
-        out = policy.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    logits_LV = out.logits[:, -1][prompt_R]
+        out = policy.model.model(**inputs, past_key_values=cache, use_cache=True)
+    head_DV = _head(policy)
+    logits_LV = (out.last_hidden_state[:, -1] @ head_DV)[prompt_R]
     for layer in cache.layers:
         layer.room = min(sampling.max_new_tokens, max(_ROOM, layer.get_seq_length() // 2))
         layer.select(prompt_R)
@@ -148,16 +150,22 @@ def decode(
             place_L, tokens_L, next_L, live_L = place_L[stay], tokens_L[stay], next_L[stay], live_L[stay]
             history_LT = None if history_LT is None else history_LT[stay]
             masks.select(stay)
-        out = policy.model(
+        out = policy.model.model(
             input_ids=tokens_L[:, None],
             attention_mask=masks.at(step + 1),
             position_ids=(next_L + step)[:, None].expand(*axes, len(tokens_L), 1),
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=1,
         )
-        logits_LV = out.logits[:, -1]
+        logits_LV = out.last_hidden_state[:, -1] @ head_DV
     return Decoded(lengths.tolist(), ended.tolist(), *_joined(columns, count))
+
+
+def _head(policy: Policy) -> Tensor:
+    """[D, V] head weight; on a CPU laid out as a product with few rows wants it, unless that copy were large."""
+    weight = policy.head_weight().detach()
+    small = weight.numel() * weight.element_size() <= _COPY
+    return weight.T.contiguous() if weight.device.type == "cpu" and small else weight.T
 
 
 def next_positions(positions: Tensor, mask: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as signed 64 bit, SplitMix64's increment
 _BLOCK = 128  # tokens whose probabilities are added up before the inverse of the CDF is looked for among blocks
-_ROWS = 4  # rows that are handled at once where a product of [B, V] is only summed up
+_CACHED = 2**17  # logits that a CPU handles at once: what they become stays in its cache
 _HEAD = 1024  # tokens that are sorted first to find a nucleus, which seldom has more
 
 
@@ -142,7 +142,7 @@ def draw_tokens(
     """Draw one token per row by inverting the cumulative distribution at `uniform_B`.
 
     Two levels: probabilities are added up in blocks, the block is found among their sums, the token inside the block.
-    It costs some passes over [B, V], no sort and no copy of a distribution.
+    It costs some passes over [B, V], no sort and no copy of a distribution; a CPU takes some rows at a time.
 
     Args:
         logits_BV: [B, V] logits as the model gives them; overwritten.
@@ -151,8 +151,18 @@ def draw_tokens(
         banned_K: [K] ids that are never drawn, not even when they are the most likely.
         seen_BT: [B, T] ids that the repetition penalty bears on; needed where there is one.
     """
-    logits_BV = logits_BV if logits_BV.dtype == torch.float64 else logits_BV.float()
+    rows = logits_BV.shape[0] if logits_BV.is_cuda else max(1, _CACHED // logits_BV.shape[1])
     banned_K = banned_K[banned_K < logits_BV.shape[1]]
+    if rows >= logits_BV.shape[0]:
+        return _draw(logits_BV, sampling, uniform_B, banned_K, seen_BT)
+    seen = [None] * -(-len(uniform_B) // rows) if seen_BT is None else seen_BT.split(rows)
+    parts = zip(logits_BV.split(rows), uniform_B.split(rows), seen, strict=True)
+    drawn = [_draw(logits, sampling, uniform, banned_K, part) for logits, uniform, part in parts]
+    return Drawn(*(torch.cat(column) for column in zip(*drawn, strict=True)))
+
+
+def _draw(logits_BV: Tensor, sampling: Sampling, uniform_B: Tensor, banned_K: Tensor, seen_BT: Tensor | None) -> Drawn:
+    logits_BV = logits_BV if logits_BV.dtype == torch.float64 else logits_BV.float()
     kept_BV = _kept(logits_BV, sampling, banned_K, seen_BT)
     if sampling.temperature not in (0, 1):
         logits_BV /= sampling.temperature
@@ -196,9 +206,7 @@ class _Softmax(NamedTuple):
         shifted_BV = logits_BV.sub_(peak_B1).clamp_(min=-1e4)
         probs_BV = shifted_BV.exp()
         sums_B = probs_BV.sum(-1).double()
-        # A few rows at a time: a buffer of [B, V] that is new in every step costs more than all the rest.
-        parts = zip(probs_BV.split(_ROWS), shifted_BV.split(_ROWS), strict=True)
-        dots_B = torch.cat([(probs * shifted).sum(-1) for probs, shifted in parts]).double()
+        dots_B = (probs_BV * shifted_BV).sum(-1).double()
         peak_B = peak_B1[:, 0].double()
         return cls(shifted_BV, probs_BV, peak_B, peak_B + sums_B.log(), peak_B + dots_B / sums_B)
 
