@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from lightning_vlm.algorithms.rollout import Rollout, items_of, keep_first, rows_together
+from lightning_vlm.algorithms.rollout import Rollout, Together, items_of, keep_first
 from lightning_vlm.algorithms.rollout_report import answer_finder, rollout_sums
 from lightning_vlm.data.schema import Sample
 from lightning_vlm.models.batch import Row
@@ -158,7 +158,7 @@ def test_entropies_are_split_where_the_answer_begins():
 )
 def test_how_many_completions_share_a_prompt(prompt, completion, size, work):
     """The least work of 1, 2, 3 and 4 rows together, three of which need two copies of the prompt, too."""
-    assert rows_together(prompt, completion, 4, hidden=1, per_token=10) == size
+    assert Together(most=4, hidden=1, layer=10)(prompt, completion) == size
     works = {
         n: (copies * prompt + 4 * completion) * (20 + 4 * (prompt + n * completion))
         for n, copies in ((1, 4), (2, 2), (3, 2), (4, 1))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -12,6 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_vlm.algorithms.base import Algorithm
 from lightning_vlm.algorithms.generation import Generation
+from lightning_vlm.algorithms.grading import Grader, with_rules
 from lightning_vlm.algorithms.micro import Item
 from lightning_vlm.algorithms.reference import score_rows
 from lightning_vlm.algorithms.rollout import (
@@ -21,18 +21,15 @@ from lightning_vlm.algorithms.rollout import (
     OLD,
     SAMPLING,
     Rollout,
+    Together,
     items_of,
     keep_first,
-    rows_together,
 )
-from lightning_vlm.algorithms.rollout_report import answer_finder, rollout_sums
 from lightning_vlm.algorithms.totals import StepTotals
-from lightning_vlm.benchmarks.benchmark import own_rule
 from lightning_vlm.data.loading import StepBatch
 from lightning_vlm.losses.policy_gradient import Correction, correction_factors
 from lightning_vlm.models.batch import Row
-from lightning_vlm.models.families import blocks
-from lightning_vlm.rewards import Reward, Rewards
+from lightning_vlm.rewards import Reward
 from lightning_vlm.rollouts import Completion, RolloutSampling, prompt_of
 from lightning_vlm.strategies.sync import gather_over_ranks, max_over_ranks, sum_over_ranks
 
@@ -147,10 +144,11 @@ class OnPolicy(Algorithm):
         self.last_rollouts: list[Rollout] = []
         self._fresh: dict[str, float] = {}
         self._updates = 0  # since the rollout
-        self._scorer: Rewards | None = None
+        self.grader: Grader | None = None
 
     # --- what a subclass says ---------------------------------------------------------------------------------------
 
+    needs_rewards: bool = True
     tries: int = 0  # how often groups without spread are replaced
 
     @property
@@ -173,26 +171,14 @@ class OnPolicy(Algorithm):
         """Whether a group is worth learning from, when groups without spread are replaced."""
         return True
 
-    needs_rewards = True
-
     # --- life -------------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Where nothing is named, what grades the training data in evaluation rewards it."""
+        """Where no reward is named, what grades the training data in evaluation is one."""
         super().setup(stage)
-        if stage != "fit":
-            return
-        if self.needs_rewards and not self.rewards:
-            self.rewards = {"accuracy": Reward(kind="accuracy")}
-        for name, reward in self.rewards.items():
-            if reward.kind == "accuracy" and reward.rule is None:
-                try:
-                    rule = own_rule(self.trainer.datamodule.train_specs)
-                except ValueError as error:
-                    raise ValueError(
-                        f"model.rewards.{name}: {error}; set its rule, or name another reward"
-                    ) from error
-                self.rewards = self.rewards | {name: replace(reward, rule=rule)}
+        if stage == "fit":
+            named = self.rewards or ({"accuracy": Reward(kind="accuracy")} if self.needs_rewards else {})
+            self.rewards = with_rules(named, self.trainer.datamodule.train_specs)
 
     def extend_policy(self) -> None:
         """Whoever generates is made while the policy is whole."""
@@ -203,24 +189,22 @@ class OnPolicy(Algorithm):
         """Rewards and generation are ready before the first step, so that what is wrong shows at once."""
         super().on_fit_start()
         self.generation.start()
-        limit = self.rollout.max_new_tokens
-        if self.rewards:
-            self._scorer = Rewards(
-                self.rewards, workers=self.reward_workers, max_new_tokens=limit, device=str(self.device)
-            )
-        self._answer_start = answer_finder(self.generation.text, self.answer_marks)
-        language = [block for path in self.policy.family.language for block in self._blocks(path)]
-        self._hidden = self.policy.model.config.get_text_config().hidden_size
-        self._per_token = sum(p.numel() for block in language for p in block.parameters()) / max(1, len(language))
-
-    def _blocks(self, path: str) -> list[torch.nn.Module]:
-        return [block for name, block in blocks(self.policy.model).items() if name.startswith(path)]
+        self.grader = Grader(
+            self.rewards,
+            judged=self.judged,
+            group_size=self.group_size,
+            max_new_tokens=self.rollout.max_new_tokens,
+            workers=self.reward_workers,
+            processor=self.processor,
+            marks=self.answer_marks,
+            device=self.device,
+        )
+        self._together = Together.of(self.policy, self.group_size if self.share_prompts else 1)
 
     def teardown(self, stage: str) -> None:
         """End the reward's processes."""
-        if self._scorer is not None:
-            self._scorer.close()
-            self._scorer = None
+        if self.grader is not None:
+            self.grader.close()
         super().teardown(stage)
 
     # --- rollout ----------------------------------------------------------------------------------------------------
@@ -236,8 +220,7 @@ class OnPolicy(Algorithm):
         for rollout in self.last_rollouts:
             rollout.make_rows(truncated=not self.mask_truncated)
         self.advise(self.last_rollouts)
-        together = self._rows_together if self.share_prompts else lambda prompt, completion: 1
-        items = [items_of(rollouts, together) for rollouts in steps]
+        items = [items_of(rollouts, self._together) for rollouts in steps]
         everything = [item for own in items for item in own]
         self._old_logprobs(everything)
         self.annotate(everything)
@@ -248,9 +231,6 @@ class OnPolicy(Algorithm):
                     return
                 yield own
                 self._updates += 1
-
-    def _rows_together(self, prompt: int, completion: float) -> int:
-        return rows_together(prompt, completion, self.group_size, hidden=self._hidden, per_token=self._per_token)
 
     def _collect(self, batch: StepBatch) -> list[list[Rollout]]:
         """The rollouts of each optimizer step; groups without spread are replaced where that is wanted."""
@@ -292,39 +272,10 @@ class OnPolicy(Algorithm):
             place = (attempt, step, counted[step] * world + rank)
             counted[step] += 1
             rollouts.append(Rollout(prompt, item[1:], sample, own, place))
-        graded = self._grade(rollouts)
+        graded = self.grader.grade(rollouts)
         if attempt == 0:
-            self._fresh = self._over_ranks(rollouts, seconds) | graded
+            self._fresh = self.grader.report(rollouts, seconds) | graded
         return rollouts
-
-    def _grade(self, rollouts: list[Rollout]) -> dict[str, float]:
-        if self._scorer is None:
-            return {}
-        start = time.perf_counter()
-        table = self._scorer.score([rollout.group for rollout in rollouts])
-        size = self.group_size
-        for place, rollout in enumerate(rollouts):
-            rollout.values = table.values[place * size : (place + 1) * size]
-            rollout.totals = table.totals[place * size : (place + 1) * size]
-        cut = [float(table.timed_out[name]) for name in table.names]
-        late = dict(zip(table.names, sum_over_ranks(cut, self.device), strict=True))
-        seconds = time.perf_counter() - start
-        return {f"timed_out/{name}": n for name, n in late.items()} | {"reward_seconds": seconds}
-
-    def _over_ranks(self, rollouts: list[Rollout], seconds: float) -> dict[str, float]:
-        sums = rollout_sums(
-            rollouts,
-            names=self._scorer.names if self._scorer else (),
-            judged=self.judged if self._scorer else None,
-            group_size=self.group_size,
-            answer_start=self._answer_start,
-        )
-        tokens = sums["completion_length"][0]
-        flat = sum_over_ranks([x for pair in sums.values() for x in pair] + [tokens], self.device)
-        longest = max_over_ranks([seconds], self.device)[0]
-        pairs = zip(sums, flat[0:-1:2], flat[1:-1:2], strict=True)
-        means = {name: total / count for name, total, count in pairs if count}
-        return means | {"rollout_seconds": longest, "rollout_tokens_per_second": flat[-1] / longest}
 
     def _old_logprobs(self, items: list[Item]) -> None:
         """Log-probs before the first update, where a rollout feeds several or its draws are to be corrected for."""

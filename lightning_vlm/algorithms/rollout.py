@@ -13,6 +13,8 @@ from lightning_vlm.algorithms.micro import Item
 from lightning_vlm.data.schema import Sample
 from lightning_vlm.losses.policy_gradient import Tokens
 from lightning_vlm.models.batch import ModelBatch, Row
+from lightning_vlm.models.families import blocks
+from lightning_vlm.models.policy import Policy
 from lightning_vlm.rewards import Group
 from lightning_vlm.rollouts import Completion, completion_row
 
@@ -128,22 +130,37 @@ def items_of(rollouts: Iterable[Rollout], together: Callable[[int, float], int])
     return items
 
 
-def rows_together(prompt: int, completion: float, count: int, *, hidden: int, per_token: float) -> int:
-    """How many completions to lay behind one copy of their prompt, so that a layer's work is least.
+@dataclass(frozen=True)
+class Together:
+    """How many completions to lay behind one copy of their prompt, so that the language model's work is least.
 
-    Every copy of the prompt runs through the layer again; but attention looks over the whole physical row, other
+    Every copy of the prompt runs through the model again; but attention looks over the whole physical row, other
     completions included.
 
-    Args:
-        prompt, completion: tokens of the prompt and of a completion. count: completions.
-        hidden: width of the language model. per_token: parameters of one of its layers.
+    Attributes:
+        most: completions of a prompt. hidden: width of the language model. layer: parameters of one of its layers.
     """
 
-    def work(size: int) -> float:
-        tokens = math.ceil(count / size) * prompt + count * completion
-        return tokens * (2 * per_token + 4 * hidden * (prompt + size * completion))
+    most: int
+    hidden: int
+    layer: float
 
-    return min(range(1, count + 1), key=work)
+    @classmethod
+    def of(cls, policy: Policy, most: int) -> Together:
+        """For a policy's language model."""
+        hidden = policy.model.config.get_text_config().hidden_size
+        language = [b for name, b in blocks(policy.model).items() if name.startswith(policy.family.language)]
+        size = sum(p.numel() for block in language for p in block.parameters())
+        return cls(most, hidden, size / max(1, len(language)))
+
+    def __call__(self, prompt: int, completion: float) -> int:
+        """Completions of one physical row, given the tokens of the prompt and the mean tokens of a completion."""
+
+        def work(size: int) -> float:
+            tokens = math.ceil(self.most / size) * prompt + self.most * completion
+            return tokens * (2 * self.layer + 4 * self.hidden * (prompt + size * completion))
+
+        return min(range(1, self.most + 1), key=work)
 
 
 def keep_first(places: Sequence[Sequence[tuple[int, int, int]]], wanted: int) -> dict[tuple[int, int, int], int]:
