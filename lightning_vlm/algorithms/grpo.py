@@ -42,8 +42,8 @@ class GRPO(OnPolicy):
         advantage_std: divide by the spread of the group; Dr. GRPO does not.
         surrogate: `clip`, `cispo` or `sapo`.
         importance: ratio per `token` or per `sequence` (GSPO, with sequence aggregation).
-        clip_low, clip_high: the ratio is clipped to [1 − clip_low, 1 + clip_high]; DAPO's clip-higher is .2 and .28,
-            GSPO's .0003 and .0004.
+        clip_low: the ratio is clipped to [1 − clip_low, 1 + clip_high]; GSPO's are .0003 and .0004.
+        clip_high: see `clip_low`; DAPO's clip-higher is .28.
         dual_clip: largest ratio that counts where the advantage is negative; None leaves it open.
         kl_beta: β, weight of the KL estimate k3 against the reference; 0 needs no reference.
         kl_every: optimizer steps between measurements of the KL to the start of the run (`train/kl_start`), which need

@@ -8,8 +8,8 @@ prompt. Either way scored tokens correspond one to one. Shapes: N scored tokens,
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,7 +74,8 @@ class Teacher:
     ) -> None:
         self.module = module
         backbone = replace(module.backbone, path=path, adapter=None, dtype=dtype or module.backbone.dtype)
-        self.processor = _load_processor(backbone, module.processor)
+        with _named_teacher():
+            self.processor = _load_processor(backbone, module.processor)
         check_same_tokens(path, self.processor, module.processor)
         if shares_inputs and not _same_images(self.processor, module.processor):
             raise ValueError(
@@ -88,7 +89,8 @@ class Teacher:
                 f"teacher {path!r} ends its turns by {own[0]!r}, the student by {students[0]!r}: it would teach the "
                 "student never to end; take a teacher whose chat template ends turns alike"
             )
-        policy = _load_policy(backbone, self.processor, adapter)
+        with _named_teacher():
+            policy = _load_policy(backbone, self.processor, adapter)
         # An id from here on has no embedding or no logit of the teacher's.
         self._ids = min(policy.model.get_input_embeddings().weight.shape[0], policy.head.weight.shape[0])
         # In a dict, so that Lightning registers no submodule.
@@ -269,6 +271,15 @@ def check_same_tokens(path: str, teacher: Processor, student: Processor) -> None
 
 
 # --- loading ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _named_teacher() -> Iterator[None]:
+    """Loading speaks of `backbone.path`; what cannot be loaded here is the teacher."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(str(error).replace("backbone.path", "model.teacher")) from error
 
 
 def _load_processor(backbone: Backbone, student: Processor) -> Processor:
