@@ -300,10 +300,26 @@ def test_no_prompts_and_bad_arguments(policy, prompts):
         PolicyEngine(policy, PROCESSOR, batch_size=0)
 
 
+def families_own_generate(policy: Policy, processor, row: Row) -> list[int]:
+    """Hugging Face's generate on one unpadded row, with the family's own handling of images and positions."""
+    kwargs = {"input_ids": row.input_ids[None], "attention_mask": torch.ones(1, len(row), dtype=torch.long)}
+    if row.images:
+        kwargs |= policy.family.merge(row.images)
+        if policy.family.patch_rows:
+            kwargs["mm_token_type_ids"] = (kwargs["input_ids"] == processor.image_token_id).int()
+    config = GenerationConfig(
+        max_new_tokens=GREEDY.max_new_tokens, do_sample=False, eos_token_id=sorted(processor.eos_ids),
+        pad_token_id=processor.pad_id, suppress_tokens=sorted(processor.banned_ids),
+    )  # fmt: skip
+    policy.model.generation_config = GenerationConfig()
+    with torch.no_grad():
+        return policy.eval().model.generate(**kwargs, generation_config=config)[0, len(row) :].tolist()
+
+
 @pytest.mark.parametrize("name", TINY_FAMILIES)
 def test_every_family_with_its_own_processor(name, tmp_path):
-    """One image, none, and two (one of them shared): the batch draws what each row draws alone, and the trainer's
-    log-probs of the completion, right-padded, are the engine's."""
+    """One image, none, and two (one of them shared): greedy answers are plain generate's, the batch draws what each row
+    draws alone, and the trainer's log-probs of the completion, right-padded, are the engine's."""
     make_tiny(name, tmp_path / name, initializer_range=0.3)
     backbone = Backbone(path=str(tmp_path / name), dtype="float64")
     processor, model = load_processor(backbone), load_model(backbone)
@@ -318,6 +334,9 @@ def test_every_family_with_its_own_processor(name, tmp_path):
             ("two", [text("x"), image(), text("and"), image(), text("compare")], [b, a]),
         )
     ]
+    greedy = PolicyEngine(policy, processor).generate(rows, sampling=GREEDY, keys=(0, 0))
+    for row, (completion,) in zip(rows, greedy, strict=True):
+        assert completion.ids == families_own_generate(policy, processor, row)
     together = PolicyEngine(policy, processor).generate(rows, n=2, sampling=SAMPLED, keys=(0, 0))
     apart = PolicyEngine(policy, processor, batch_size=1).generate(rows, n=2, sampling=SAMPLED, keys=(0, 0))
     assert [[c.ids for c in group] for group in together] == [[c.ids for c in group] for group in apart]
