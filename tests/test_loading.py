@@ -85,3 +85,12 @@ def test_rows_of_one_image_stay_side_by_side():
 def test_budget_below_one():
     with pytest.raises(ValueError, match="micro_batch_tokens"):
         micro_batches([], 0)
+
+
+def test_places_count_what_was_skipped():
+    """Two steps of two samples each, the second and the third of which cannot be used."""
+    bad = BadSample("b", "malformed", "broken")
+    batch = join([("s0", ["r0"]), bad, bad, ("s3", ["r3"])], per_step=2)
+    assert (batch.steps, batch.places, len(batch.skipped)) == ([0, 1], [0, 1], 2)
+    whole = join([bad, ("s1", ["r1"])])
+    assert (whole.steps, whole.places) == ([0], [1])

@@ -31,13 +31,14 @@ class OffPolicy:
     def split(self, batch: StepBatch) -> tuple[StepBatch, StepBatch]:
         """What the student answers, and what others do."""
         module = self._module["algorithm"]
-        steps = batch.steps or [0] * len(batch.items)
         parts = StepBatch([], [], list(batch.skipped)), StepBatch([], [])
-        for item, sample, step in zip(batch.items, batch.samples, steps, strict=True):
+        rows = zip(batch.items, batch.samples, batch.steps, batch.places, strict=True)
+        for item, sample, step, place in rows:
             other = hash_unit(module.seed, f"off-policy/{module.clock}/{sample.id}") < self.share
             parts[other].items.append(item)
             parts[other].samples.append(sample)
             parts[other].steps.append(step)
+            parts[other].places.append(place)
         return parts
 
     def rollouts(self, batch: StepBatch, attempt: int) -> list[Rollout]:
@@ -50,10 +51,10 @@ class OffPolicy:
         else:
             prompts = [item[0] for item in batch.items]
             completions = self._teachers([item[-1] for item in batch.items])
-        rows = zip(batch.items, prompts, batch.samples, completions, batch.steps, strict=True)
+        rows = zip(batch.items, prompts, batch.samples, completions, batch.steps, batch.places, strict=True)
         return [
-            Rollout(prompt, item[1:], sample, own, (attempt, step, number), writer=self.writer)
-            for number, (item, prompt, sample, own, step) in enumerate(rows)
+            Rollout(prompt, item[1:], sample, own, (attempt, step, place), writer=self.writer)
+            for item, prompt, sample, own, step, place in rows
         ]
 
     def _answer(self, row: Row) -> Completion:

@@ -264,14 +264,12 @@ class OnPolicy(Algorithm):
         prompts = [prompt_of(item[0]) if self.encoding == "answer" else item[0] for item in batch.items]
         completions = self.generate(prompts, keys)
         seconds = time.perf_counter() - start
-        rollouts, counted = [], [0] * self.steps_loaded
         world, rank = self.trainer.world_size, self.global_rank
-        steps = batch.steps or [0] * len(batch.items)
-        rows = zip(batch.items, prompts, batch.samples, completions, steps, strict=True)
-        for item, prompt, sample, own, step in rows:
-            place = (attempt, step, counted[step] * world + rank)
-            counted[step] += 1
-            rollouts.append(Rollout(prompt, item[1:], sample, own, place))
+        rows = zip(batch.items, prompts, batch.samples, completions, batch.steps, batch.places, strict=True)
+        rollouts = [
+            Rollout(prompt, item[1:], sample, own, (attempt, step, place * world + rank))
+            for item, prompt, sample, own, step, place in rows
+        ]
         graded = self.grader.grade(rollouts)
         if attempt == 0:
             self._fresh = self.grader.report(rollouts, seconds) | graded

@@ -27,12 +27,14 @@ class StepBatch:
         samples: the samples behind the items, for grading and reports.
         skipped: (id, reason, detail) of samples that could not be used.
         steps: of each item, which of the batch's optimizer steps it belongs to; all 0 where a batch is one step.
+        places: of each item, its place among the samples of its step on this rank, skipped ones counted.
     """
 
     items: list[list[Row]]
     samples: list[Sample]
     skipped: list[tuple[str, str, str]] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)
 
 
 class StepSampler:
@@ -131,7 +133,9 @@ def join(encoded: list[Any], per_step: int = 0) -> StepBatch:
         else:
             batch.samples.append(entry[0])
             batch.items.append(entry[1])
-            batch.steps.append(place // per_step if per_step else 0)
+            step, own = divmod(place, per_step) if per_step else (0, place)
+            batch.steps.append(step)
+            batch.places.append(own)
     return batch
 
 
