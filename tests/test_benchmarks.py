@@ -307,7 +307,10 @@ def test_opening_a_benchmark():
         "prompt_id": "world/default",
         "samples": 20,
         "n": 1,
-        "sampling": {"max_new_tokens": 40, "temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0},
+        "sampling": {
+            **{"max_new_tokens": 40, "temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0},
+            **{"repetition_penalty": 1.0, "stop": []},
+        },
     }
     drawn = world_benchmark(n=4, temperature=1.0)
     assert (drawn.n, drawn.sampling.temperature) == (4, 1.0)
