@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lightning_vlm.algorithms import GRPO
-from lightning_vlm.algorithms.rollout import ADVANTAGES, ENGINE, OLD, REFERENCE
+from lightning_vlm.algorithms.reference import TOKENS
+from lightning_vlm.algorithms.rollout import ADVANTAGES, ENGINE, OLD
 from lightning_vlm.data.encode import Encoder
 from lightning_vlm.data.sources import SourceSpec, open_source
 from lightning_vlm.losses.terms import objective
@@ -93,7 +94,7 @@ def both(tmp_path_factory) -> Both:
         rows, scores.logprobs.split([row.scored for row in rows]), advantages, strict=True
     ):
         old, reference = (logprobs + 0.3 * torch.randn(row.scored, generator=g) for _ in range(2))
-        row.info |= {ENGINE: logprobs, OLD: old, REFERENCE: reference, ADVANTAGES: advantage.expand(row.scored)}
+        row.info |= {ENGINE: logprobs, OLD: old, TOKENS: reference, ADVANTAGES: advantage.expand(row.scored)}
     config = GRPOConfig(
         str(folder / "out"),
         per_device_train_batch_size=len(rows),
@@ -130,7 +131,7 @@ def as_inputs(rows: list[Row], policy: Policy, pad_id: int) -> dict[str, Any]:
     tensors["completion_mask"] = padded([torch.ones_like(ids) for ids in completions], 0, "right")
     ids = torch.cat([tensors["prompt_ids"], tensors["completion_ids"]], 1)
     tensors["mm_token_type_ids"] = (ids == policy.model.config.image_token_id).int()
-    for ours, theirs in ((OLD, "old_per_token_logps"), (REFERENCE, "ref_per_token_logps")):
+    for ours, theirs in ((OLD, "old_per_token_logps"), (TOKENS, "ref_per_token_logps")):
         tensors[theirs] = padded([row.info[ours] for row in rows], 0.0, "right")
     pictures = policy.family.merge([image for row in rows for image in row.images])
     counts = {"num_images": [len(row.images) for row in rows]}

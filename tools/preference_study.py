@@ -14,7 +14,6 @@ import argparse
 import csv
 import json
 import os
-import shlex
 import shutil
 import statistics
 import subprocess
@@ -28,6 +27,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from lightning_vlm.metrics.statistics import mean_interval
+from tools.commands import run_logged
 
 RULE = ("--model.negatives.rule", "world/exact", "--model.negatives.max_new_tokens", "32")
 
@@ -186,15 +186,8 @@ def run(root: Path, name: str, seed: int) -> None:
     if (where / "model").is_dir():
         return
     words = command(root, name, seed) + (["--resume"] if (where / "config.yaml").exists() else [])
-    print(f"$ lightning-vlm {shlex.join(words)}", flush=True)
     log = where.with_suffix(".log") if not where.suffix else where.parent / f"{where.name}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    with log.open("a") as out:
-        code = subprocess.run(
-            [sys.executable, "-m", "lightning_vlm.cli.main", *words], stdout=out, stderr=subprocess.STDOUT, env=env
-        ).returncode
-    if code:
+    if code := run_logged(words, log):
         raise RuntimeError(f"{name}, seed {seed}: failed with code {code}; see {log}")
 
 

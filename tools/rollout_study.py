@@ -11,15 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import shlex
 import statistics
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from lightning_vlm.metrics.statistics import mean_interval
+from tools.commands import run_logged
 
 BASE_STEPS, TEACHER_STEPS = 600, 1000
 FAMILIES = ("count", "bars", "angle", "perimeter")
@@ -55,13 +52,7 @@ def call(words: list[str], done: Path, log: Path) -> None:
     """
     if done.exists():
         return
-    print(f"$ lightning-vlm {shlex.join(words)}", flush=True)
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a") as out:
-        command = [sys.executable, "-m", "lightning_vlm.cli.main", *words]
-        env = os.environ | {"OMP_NUM_THREADS": "1"}
-        code = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, env=env).returncode
-    if code:
+    if code := run_logged(words, log):
         raise RuntimeError(f"failed with code {code}; see {log}")
 
 

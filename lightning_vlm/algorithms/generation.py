@@ -29,15 +29,9 @@ class Generation:
     """
 
     def __init__(self, module: Algorithm, *, batch_size: int, dtype: str | None, server: str | None) -> None:
-        self._module = {"algorithm": module}  # in a dict, so that it does not become a submodule of its own submodule
-        self.batch_size, self.dtype, self.server = batch_size, dtype, server
+        self.module, self.batch_size, self.dtype, self.server = module, batch_size, dtype, server
         self._copy: Policy | None = None
         self._remote: ServerEngine | None = None
-
-    @property
-    def module(self) -> Algorithm:
-        """The algorithm."""
-        return self._module["algorithm"]
 
     @property
     def exact(self) -> bool:
@@ -57,10 +51,6 @@ class Generation:
             self._copy.to(self.module.device)
         if self.server is not None:
             self._remote = ServerEngine(self.server, self.module.processor)
-
-    def text(self, ids: Sequence[int]) -> str:
-        """Ids decoded without special tokens."""
-        return self.module.processor.tokenizer.decode(ids, skip_special_tokens=True)
 
     def generate(
         self, rows: Sequence[Row], *, n: int, sampling: Sampling, keys: tuple[int, int]

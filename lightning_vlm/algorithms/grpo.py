@@ -9,8 +9,8 @@ from torch import Tensor
 
 from lightning_vlm.algorithms.micro import Item
 from lightning_vlm.algorithms.on_policy import OnPolicy
-from lightning_vlm.algorithms.reference import Kind, Reference, make_reference
-from lightning_vlm.algorithms.rollout import ADVANTAGES, ENGINE, REFERENCE, Rollout, tokens_of
+from lightning_vlm.algorithms.reference import TOKENS, Kind, Reference, make_reference
+from lightning_vlm.algorithms.rollout import ADVANTAGES, ENGINE, Rollout, tokens_of
 from lightning_vlm.algorithms.totals import Micro
 from lightning_vlm.data.sources.spec import one_of
 from lightning_vlm.losses.fused import FusedScores, fused_token_loss
@@ -231,7 +231,7 @@ class GRPO(OnPolicy):
 
     def kl_to_start(self, rows: list[Row]) -> dict[str, float]:
         """`kl_start`: mean k3 over the tokens of rows that know the reference's log-probs, all ranks."""
-        known = [k3(row.info[ENGINE], row.info[REFERENCE].double()) for row in rows if REFERENCE in row.info]
+        known = [k3(row.info[ENGINE], row.info[TOKENS].double()) for row in rows if TOKENS in row.info]
         flat = torch.cat(known) if known else torch.zeros(0)
         total, count = sum_over_ranks([float(flat.sum()), float(len(flat))], self.device)
         return {"kl_start": total / count} if count else {}

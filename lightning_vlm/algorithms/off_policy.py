@@ -25,12 +25,11 @@ class OffPolicy:
     """
 
     def __init__(self, module: OPD, share: float, writer: Literal["data", "teacher"]) -> None:
-        self._module = {"algorithm": module}  # in a dict, so that the module does not hold itself as a submodule
-        self.share, self.writer = share, writer
+        self.module, self.share, self.writer = module, share, writer
 
     def split(self, batch: StepBatch) -> tuple[StepBatch, StepBatch]:
         """What the student answers, and what others do."""
-        module = self._module["algorithm"]
+        module = self.module
         parts = StepBatch([], [], list(batch.skipped)), StepBatch([], [])
         rows = zip(batch.items, batch.samples, batch.steps, batch.places, strict=True)
         for item, sample, step, place in rows:
@@ -59,11 +58,11 @@ class OffPolicy:
 
     def _answer(self, row: Row) -> Completion:
         ids = row.input_ids[row.loss_mask].tolist()
-        text = self._module["algorithm"].processor.tokenizer.decode(ids, skip_special_tokens=True)
+        text = self.module.processor.tokenizer.decode(ids, skip_special_tokens=True)
         return Completion(ids=ids, text=text, finished=True, logprobs=[], sampling_logprobs=[])
 
     def _teachers(self, prompts: list[Row]) -> list[list[Completion]]:
-        module = self._module["algorithm"]
+        module = self.module
         teacher = module.teacher
         size = module.generation.batch_size
         engine = PolicyEngine(teacher.frozen["teacher"], teacher.processor, batch_size=size, context=unsharded)

@@ -289,8 +289,7 @@ class OnPolicy(Algorithm):
         if self.correction == "none":
             return
         for row in rows:
-            n = row.scored
-            index = torch.zeros(n, dtype=torch.long)
+            index = torch.zeros(row.scored, dtype=torch.long)
             row.info[CORRECTION] = correction_factors(
                 row.info[OLD].double(), row.info[SAMPLING], index, 1, self.correction, self.correction_cap
             )
@@ -303,7 +302,6 @@ class OnPolicy(Algorithm):
         counts, report, step = self.accumulate(active, self.losses, self.counts(items))
         rows = [row for item in items for row in item]
         self.idle = not report["tokens"]  # rows may be dummies
-        report["update_tokens"] = report["tokens"]
         # Exact, of every token that was sampled: the engine has seen them all.
         known = [row.info[ENTROPIES] for row in rows if ENTROPIES in row.info]
         self._entropies = torch.cat(known) if known else None
@@ -329,16 +327,17 @@ class OnPolicy(Algorithm):
 
     def gap(self, logprobs: torch.Tensor, rows: list[Row]) -> dict[str, tuple[torch.Tensor, float]]:
         """The metric that holds the engine's log-probs against the trainer's, before the first update only."""
+        if self._updates:
+            return {}
         own = [row.info[ENGINE] for row in rows if row.scored]
-        if self._updates or not own:
-            return {"logprob_gap": (logprobs.new_zeros(()), 0.0)} if not self._updates else {}
+        if not own:  # a rank with nothing to run tells the same names
+            return {"logprob_gap": (logprobs.new_zeros(()), 0.0)}
         gaps = (logprobs.detach() - torch.cat(own).to(logprobs)).abs()
         known = ~gaps.isnan()
         return {"logprob_gap": (gaps[known].sum(), float(known.sum()))}
 
     def _report(self, report, norms, rates, step: StepTotals) -> None:
-        tokens = report.pop("update_tokens")
-        report["update_tokens_per_second"] = tokens / report["seconds"]
+        report["update_tokens_per_second"] = report["tokens"] / report["seconds"]
         super()._report(report, norms, rates, step)
         if self._entropies is not None:
             self.last_step["entropies"] = self._entropies

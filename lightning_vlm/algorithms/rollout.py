@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_vlm.algorithms.micro import Item
+from lightning_vlm.algorithms.reference import TOKENS
 from lightning_vlm.data.schema import Sample
 from lightning_vlm.losses.policy_gradient import Tokens
 from lightning_vlm.models.batch import ModelBatch, Row
@@ -20,7 +21,7 @@ from lightning_vlm.rollouts import Completion, completion_row
 
 # In Row.info of a completion, [tokens] each, on the host.
 ADVANTAGES, OLD, ENGINE, SAMPLING = "advantages", "old_logprobs", "engine_logprobs", "sampling_logprobs"
-REFERENCE, TEACHER, CORRECTION, ENTROPIES = "reference_logprobs", "teacher_logprobs", "correction", "entropies"
+TEACHER, CORRECTION, ENTROPIES = "teacher_logprobs", "correction", "entropies"  # and reference.TOKENS
 
 
 @dataclass(slots=True)
@@ -108,7 +109,7 @@ def tokens_of(batch: ModelBatch, *, by_completion: bool, device: torch.device) -
         rows=batch.row_index,
         count=len(batch.rows),
         old=column(OLD),
-        reference=column(REFERENCE),
+        reference=column(TOKENS),
         correction=column(CORRECTION),
         teacher=column(TEACHER),
     )

@@ -58,9 +58,7 @@ def fused_token_loss(
     Raises:
         ValueError: mismatched shapes or a temperature that is not positive.
     """
-    _check(hidden, weight, labels)
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature}; for greedy decoding score at temperature 1")
+    _check(hidden, weight, labels, temperature)
     with _full_precision(hidden):
         rows = chunk_rows or _rows(weight)
         return FusedScores(*_Fused.apply(hidden, weight, labels, token_loss, float(temperature), rows))

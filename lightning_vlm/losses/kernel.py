@@ -47,9 +47,7 @@ def token_scores(
     Raises:
         ValueError: mismatched shapes or a temperature that is not positive.
     """
-    _check(hidden, weight, labels)
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature}; for greedy decoding score at temperature 1")
+    _check(hidden, weight, labels, temperature)
     with _full_precision(hidden):
         return TokenScores(*_Score.apply(hidden, weight, labels, float(temperature), chunk_rows or _rows(weight)))
 
@@ -110,7 +108,7 @@ def divergences(
     return Divergences(*out.unbind(0))
 
 
-def _check(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
+def _check(hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float) -> None:
     if hidden.ndim != 2 or weight.ndim != 2 or labels.ndim != 1 or hidden.shape[0] != labels.shape[0]:
         raise ValueError(
             f"expected hidden [N, D], weight [V, D], labels [N]; got {tuple(hidden.shape)}, {tuple(weight.shape)}, "
@@ -118,6 +116,8 @@ def _check(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
         )
     if hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"hidden size {hidden.shape[1]} does not fit the head's {weight.shape[1]}")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}; for greedy decoding score at temperature 1")
 
 
 def _rows(weight: Tensor) -> int:
