@@ -16,8 +16,9 @@ from torch.distributed.checkpoint import CheckpointException
 
 from callbacks._clock import crossed
 from callbacks._monitor import refuse_unknown
-from lightning_vlm.export import export_checkpoint, make_provenance, save_model_directory
-from lightning_vlm.export.directory import replace_directory
+from lightning_vlm.export import export_adapter, export_checkpoint, make_provenance, save_model_directory
+from lightning_vlm.export.directory import replace_directory, save_adapter_directory
+from lightning_vlm.models.adapters import trained_tensors
 
 FOLDER = "checkpoints"
 _STEP = re.compile(r"step-(\d+)\.ckpt")
@@ -146,9 +147,11 @@ class Checkpoint(CheckpointBase):
 
 
 class SaveModel(Callback):
-    """Writes run_dir/model, a Hugging Face model directory, at the end of training.
+    """Writes run_dir/model, a Hugging Face model directory, at the end of training; or run_dir/adapter.
 
     Args:
+        form: `model`, or `adapter`: only what was trained beside frozen weights (projector, LoRA), which
+            `backbone.adapter` starts from. Of a large frozen model that is a thousandth of the disk.
         source: `last`, the weights training ended with, or `best`, those of the best checkpoint.
         dtype: of the written weights; as trained by default.
 
@@ -162,31 +165,47 @@ class SaveModel(Callback):
     def __init__(
         self,
         *,
+        form: Literal["model", "adapter"] = "model",
         source: Literal["last", "best"] = "last",
         dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     ) -> None:
-        self.source, self.dtype = source, None if dtype is None else getattr(torch, dtype)
+        self.form, self.source, self.dtype = form, source, None if dtype is None else getattr(torch, dtype)
         self.saved: Path | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse `best` when no best is kept, before training and not after."""
         if stage == "fit" and self.source == "best" and not any(c.monitor for c in _checkpoints(trainer)):
             raise ValueError("SaveModel: source 'best' needs callbacks.Checkpoint.monitor to name a metric")
+        quantize = getattr(getattr(pl_module, "backbone", None), "quantize", None)
+        if stage == "fit" and self.form == "model" and quantize:
+            raise ValueError(
+                f"SaveModel: weights of backbone.quantize {quantize} are not those of the model directory: set "
+                "callbacks.SaveModel.form to adapter"
+            )
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse an adapter where other parts train, before training and not after."""
+        if self.form == "adapter":
+            trained_tensors(pl_module.policy)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the model directory; after `on_train_end`, in which the last checkpoint is made safe."""
-        out = Path(trainer.default_root_dir) / "model"
+        out = Path(trainer.default_root_dir) / self.form
         best = next((c.best_path for c in _checkpoints(trainer) if c.best_path), None)
         if self.source == "best":
             if best is None:
                 raise ValueError(f"SaveModel: no best checkpoint: validation never ran in {pl_module.clock} steps")
             if trainer.is_global_zero:
-                export_checkpoint(best, out, dtype=self.dtype)
+                (export_adapter if self.form == "adapter" else export_checkpoint)(best, out, dtype=self.dtype)
         else:
             config = Path(trainer.default_root_dir) / "config.yaml"
             more = {"adapter": pl_module.backbone.adapter} if pl_module.backbone.adapter else {}
             provenance = make_provenance(pl_module.backbone.path, step=pl_module.clock, config_file=config, **more)
-            save_model_directory(pl_module.policy, pl_module.processor, out, provenance, dtype=self.dtype)
+            policy = pl_module.policy
+            if self.form == "adapter":
+                save_adapter_directory(policy, pl_module.parts, out, provenance, dtype=self.dtype)
+            else:
+                save_model_directory(policy, pl_module.processor, out, provenance, dtype=self.dtype)
         trainer.strategy.barrier()
         self.saved = out
 

@@ -72,6 +72,12 @@ class RunRecord(Callback):
         """Record a training run."""
         self._record(trainer, pl_module, "fit")
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say what the cache of vision features saved and cost."""
+        cache = getattr(getattr(pl_module, "policy", None), "vision_cache", None)
+        if cache is not None and trainer.is_global_zero:
+            print(cache, flush=True)
+
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record an evaluation that is a run of its own."""
         if trainer.state.fn == "validate":

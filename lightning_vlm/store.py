@@ -140,6 +140,10 @@ class Store:
         values.view(torch.uint8).numpy()[:] = self._bytes(key, entry)
         return values.reshape(entry.shape)
 
+    def nbytes(self, key: str) -> int:
+        """Bytes of the entry of this key on the disk."""
+        return self._entries[key].size()
+
     def put(self, arrays: Mapping[str, np.ndarray | torch.Tensor]) -> None:
         """Append these arrays; a key that the store knows already is left as it is.
 

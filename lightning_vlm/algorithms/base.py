@@ -19,6 +19,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from lightning_vlm.algorithms.adapter_only import check_resumed, trained_state
 from lightning_vlm.algorithms.evaluation import EvaluationMixin
 from lightning_vlm.algorithms.groups import build_optimizer
 from lightning_vlm.algorithms.guard import PartGuard, require_finite
@@ -27,17 +28,18 @@ from lightning_vlm.algorithms.optimizer import PartOptimizer, Schedule, lr_facto
 from lightning_vlm.algorithms.totals import Micro, StepTotals, peak_memory
 from lightning_vlm.data.loading import StepBatch
 from lightning_vlm.losses.terms import objective
-from lightning_vlm.models.adapters import load_adapter_file
+from lightning_vlm.models.adapters import frozen_sample, load_adapter_file
 from lightning_vlm.models.attention import shares_prompts
 from lightning_vlm.models.batch import ModelBatch, Row
 from lightning_vlm.models.collate import collate
 from lightning_vlm.models.families import family_of
 from lightning_vlm.models.load import check_vocabulary, load_model
 from lightning_vlm.models.packing import Pack, laid_out
-from lightning_vlm.models.parts import PartPolicy, apply_parts
+from lightning_vlm.models.parts import PartPolicy, apply_parts, projector_alone
 from lightning_vlm.models.policy import Policy
 from lightning_vlm.models.processor import Processor, load_processor
 from lightning_vlm.models.spec import Backbone
+from lightning_vlm.models.vision_cache import VisionCache
 from lightning_vlm.rollouts import Sampling
 from lightning_vlm.strategies.fsdp import shard_policy
 from lightning_vlm.strategies.sync import GradientSync, max_over_ranks, sum_over_ranks
@@ -60,6 +62,9 @@ class Algorithm(EvaluationMixin, L.LightningModule):
         min_lr_ratio: floor of the decayed learning rate, as a share of the peak.
         clip_norm: largest gradient norm over all parameters; 0 turns clipping off.
         micro_batch_tokens: padded tokens of one forward and backward; changes memory and speed, never the gradient.
+        adapter_only: train the projector alone: vision, language and head are frozen, checkpoints hold the projector.
+        vision_cache: keep what a frozen vision tower says of each image on disk (`$LVLM_CACHE`) and never run it
+            again; or the folder of such a store. Costs disk: see the line that the run prints.
         share_images: encode an image shown by several rows of a micro-batch once.
         share_prompts: compute a prompt that several rows continue (chosen and rejected) once; None does so wherever the
             attention backend can, which is all but flash_attention_2. Never changes the gradient.
@@ -81,6 +86,8 @@ class Algorithm(EvaluationMixin, L.LightningModule):
         *,
         backbone: Backbone,
         parts: dict[str, PartPolicy] | None = None,
+        adapter_only: bool = False,
+        vision_cache: bool | str = False,
         lr: float = 1e-5,
         optimizer: Literal["adamw", "muon"] = "adamw",
         weight_decay: float = 0.0,
@@ -106,7 +113,9 @@ class Algorithm(EvaluationMixin, L.LightningModule):
                 "model.lr must be positive, and warmup_steps, clip_norm and weight_decay not negative; got "
                 f"{lr}, {warmup_steps}, {clip_norm}, {weight_decay}"
             )
-        self.backbone, self.parts = backbone, parts or {}
+        self.backbone, self.parts = backbone, projector_alone(parts) if adapter_only else parts or {}
+        self.adapter_only, self.vision_cache = adapter_only, vision_cache
+        self.strict_loading = not adapter_only  # its checkpoints hold the projector alone
         self.lr, self.optimizer, self.weight_decay = lr, optimizer, weight_decay
         self.betas, self.eps = betas, eps
         self.schedule, self.warmup_steps, self.decay_fraction = schedule, warmup_steps, decay_fraction
@@ -157,11 +166,21 @@ class Algorithm(EvaluationMixin, L.LightningModule):
         if self.policy is not None:
             return
         self.policy = self.build_policy(self.backbone)
+        if self.vision_cache:
+            folder = self.vision_cache if isinstance(self.vision_cache, str) else None
+            precision = f"{self.trainer.precision} {getattr(self.trainer.strategy, 'mixed_precision', 'none')}"
+            cache = VisionCache(self.policy, self.processor, folder=folder, precision=precision)
+            self.policy.vision_cache = cache
         self.extend_policy()
         self.shard(self.policy)
 
     def build_policy(self, backbone: Backbone) -> Policy:
         """A policy as this run trains it, before anything is learned: loaded, frozen and adapted, whole, on the CPU."""
+        if backbone.quantize is not None and not self.parts.get("language", PartPolicy()).freeze:
+            raise ValueError(
+                f"backbone.quantize {backbone.quantize} needs a frozen language model: set model.adapter_only to true, "
+                "or leave backbone.quantize out"
+            )
         model = load_model(backbone)
         check_vocabulary(model, self.processor)
         family = family_of(model)
@@ -254,8 +273,10 @@ class Algorithm(EvaluationMixin, L.LightningModule):
         for batch, last in self.micro_batches(items):
             self.sync.before_backward(last=last)
             micro = losses(batch)
-            with self._replicas_apart():
-                self.manual_backward(objective(micro.terms, counts) * self.sync.scale)
+            loss = objective(micro.terms, counts) * self.sync.scale
+            if loss.requires_grad:  # text alone tells a projector nothing
+                with self._replicas_apart():
+                    self.manual_backward(loss)
             step.add(micro, batch)
         return counts, step.over_ranks(counts, self.device), step
 
@@ -341,6 +362,11 @@ class Algorithm(EvaluationMixin, L.LightningModule):
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """All weights; of an adapter-only run those that train, for the others are the backbone's."""
+        state = super().state_dict(*args, **kwargs)
+        return trained_state(self, state) if self.adapter_only else state
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Plain facts only, so that checkpoints load with `weights_only`."""
         start = Path(self.backbone.path)
@@ -350,14 +376,17 @@ class Algorithm(EvaluationMixin, L.LightningModule):
             "algorithm": f"{type(self).__module__}.{type(self).__qualname__}",
             "backbone": dict(vars(self.backbone)) | {"path": path},
             "parts": {name: dict(vars(policy)) for name, policy in self.parts.items()},
+            "adapter_only": self.adapter_only,
             "step": self.clock,
             "batches_done": self.batches_done,
             **self.evaluation_state(),
+            **({"beside": frozen_sample(self.policy.model)} if self.adapter_only else {}),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the clock and the place in the data."""
         ours = checkpoint["lightning_vlm"]
+        check_resumed(self, ours, checkpoint.get("state_dict"))
         self.clock = self.clock_before = ours["step"]
         self.batches_done = ours["batches_done"]
         self.restore_evaluation_state(ours)

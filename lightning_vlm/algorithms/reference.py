@@ -16,7 +16,7 @@ import torch
 
 from lightning_vlm.algorithms.micro import Item
 from lightning_vlm.models.batch import Row
-from lightning_vlm.models.guard import weights_fingerprint
+from lightning_vlm.models.guard import config_fingerprint, weights_fingerprint
 from lightning_vlm.models.lora import adapters_off, is_lora
 from lightning_vlm.models.policy import Policy, evaluating
 from lightning_vlm.models.processor import load_processor
@@ -73,7 +73,10 @@ class Reference:
         if self.model is not None:
             backbone = replace(backbone, path=self.model, adapter=None)
             check_same_inputs(self.model, load_processor(backbone), module.processor)
-        return module.build_policy(backbone).requires_grad_(False).eval()
+        policy = module.build_policy(backbone).requires_grad_(False).eval()
+        if self.model is None:  # the same tower
+            policy.vision_cache = module.policy.vision_cache
+        return policy
 
 
 class OnlineReference(Reference):
@@ -123,7 +126,7 @@ class CachedReference(Reference):
         weights = module.policy.model if model is None else self._load().model
         facts = {
             "weights": weights_fingerprint(weights),
-            "config": content_key(_shape(weights.config.to_dict())),
+            "config": config_fingerprint(weights.config),
             "dtype": module.backbone.dtype,
             "precision": str(module.trainer.precision),
             "mixed_precision": getattr(module.trainer.strategy, "mixed_precision", "none"),
@@ -268,13 +271,6 @@ def check_same_inputs(path: str, processor: Any, own: Any) -> None:
             f"model.reference_model {path!r} has a {kinds[0]}, backbone.path a {kinds[1]}: they look at other pixels; "
             "take a reference of the same architecture"
         )
-
-
-def _shape(config: dict[str, Any]) -> dict[str, Any]:
-    """What of a model's configuration its forward depends on, names of places and versions aside."""
-    apart = ("_name_or_path", "dtype", "torch_dtype", "transformers_version", "architectures")
-    kept = {str(name): value for name, value in config.items() if name not in apart}
-    return {n: _shape(v) if isinstance(v, dict) else str(v) for n, v in kept.items()}
 
 
 def _key(row: Row) -> str:

@@ -358,7 +358,10 @@ def _say_what_next(trainer: Trainer, config_file: Path) -> None:
     if saver is None or saver.saved is None:
         return
     model = shlex.quote(str(saver.saved))
-    say(f"model: {saver.saved}")
+    say(f"{saver.form}: {saver.saved}")
+    if saver.form == "adapter":
+        say(f"  evaluate it: lightning-vlm validate -c {shlex.quote(str(config_file))} --backbone.adapter {model}")
+        return
     say(f"  look at it:  lightning-vlm chat {model} --image FILE")
     say(f"  evaluate it: lightning-vlm validate -c {shlex.quote(str(config_file))} --backbone.path {model}")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 import zipfile
 from pathlib import Path
@@ -11,9 +10,9 @@ from typing import Any
 
 import torch
 
-from lightning_vlm.export.directory import save_model_directory, whole_directory
-from lightning_vlm.export.provenance import PROVENANCE_FILE, file_hash, make_provenance
-from lightning_vlm.models.adapters import ADAPTER_FILE, save_adapter
+from lightning_vlm.export.directory import save_adapter_directory, save_model_directory
+from lightning_vlm.export.provenance import make_provenance
+from lightning_vlm.models.adapters import check_beside, load_trained
 from lightning_vlm.models.families import family_of
 from lightning_vlm.models.load import load_model
 from lightning_vlm.models.parts import PartPolicy, apply_parts
@@ -97,7 +96,11 @@ def load_policy(path: str | Path) -> tuple[Any, Any, dict[str, Any]]:
     apply_parts(model, family, {name: PartPolicy(**policy) for name, policy in facts["parts"].items()})
     weights = {k.removeprefix(PREFIX): v for k, v in content["state_dict"].items() if k.startswith(PREFIX)}
     try:
-        model.load_state_dict(weights, strict=True)
+        if facts.get("adapter_only"):  # the rest is the backbone's
+            load_trained(model, weights, f"'{path}'")
+            check_beside(model, facts.get("beside", {}), f"'{path}'")
+        else:
+            model.load_state_dict(weights, strict=True)
     except RuntimeError as err:
         raise ValueError(f"'{path}' does not fit {backbone.path}, which it was trained from: {err}") from err
     return Policy(model, family), load_processor(backbone), facts
@@ -134,12 +137,7 @@ def export_adapter(ckpt_path: str | Path, out_dir: str | Path, *, dtype: torch.d
     """
     policy, _, facts = load_policy(ckpt_path)
     parts = {part: PartPolicy(**settings) for part, settings in facts["parts"].items()}
-    with whole_directory(Path(out_dir)) as temporary:
-        file = temporary / ADAPTER_FILE
-        save_adapter(file, policy, parts, dtype=dtype)
-        provenance = _provenance(ckpt_path, facts) | {"hash": file_hash([file])}
-        (temporary / PROVENANCE_FILE).write_text(json.dumps(provenance, indent=2) + "\n")
-    return Path(out_dir) / ADAPTER_FILE
+    return save_adapter_directory(policy, parts, out_dir, _provenance(ckpt_path, facts), dtype=dtype)
 
 
 def _provenance(ckpt_path: str | Path, facts: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,9 +18,11 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 from transformers.utils import logging
 
-from lightning_vlm.export.provenance import PROVENANCE_FILE, weights_hash
+from lightning_vlm.export.provenance import PROVENANCE_FILE, file_hash, weights_hash
+from lightning_vlm.models.adapters import ADAPTER_FILE, save_adapter, trained_tensors
 
 if TYPE_CHECKING:
+    from lightning_vlm.models.parts import PartPolicy
     from lightning_vlm.models.policy import Policy
 
 _LORA_A = re.compile(r"(?P<module>.+)\.lora_A\.(?P<adapter>[^.]+)\.weight")
@@ -96,7 +98,7 @@ def save_model_directory(
     out = Path(out_dir)
     model = policy.model
     state = full_state_dict(model, dtype)
-    if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
+    if not _first_rank():
         return out
     with whole_directory(out) as temporary:
         with _no_progress_bar():
@@ -106,6 +108,45 @@ def save_model_directory(
         facts = {**provenance, "hash": weights_hash(temporary)}
         (temporary / PROVENANCE_FILE).write_text(json.dumps(facts, indent=2) + "\n")
     return out
+
+
+def save_adapter_directory(
+    policy: Policy,
+    parts: Mapping[str, PartPolicy],
+    out_dir: str | Path,
+    provenance: dict[str, Any],
+    *,
+    dtype: torch.dtype | None = None,
+) -> Path:
+    """Write only what was trained beside a frozen model, to start from by `backbone.adapter`.
+
+    Every rank must call this; rank 0 writes.
+
+    Args:
+        policy: unchanged by this. parts: settings it was trained with.
+        out_dir, provenance, dtype: as for `save_model_directory`.
+
+    Returns:
+        The adapter's file.
+
+    Raises:
+        ValueError: a part other than the projector was trained in full.
+        OSError: the disk is full or the place not writable.
+    """
+    tensors = trained_tensors(policy)
+    out = Path(out_dir)
+    if _first_rank():
+        with whole_directory(out) as temporary:
+            file = temporary / ADAPTER_FILE
+            save_adapter(file, policy, tensors, parts, dtype=dtype)
+            facts = {**provenance, "hash": file_hash([file])}
+            (temporary / PROVENANCE_FILE).write_text(json.dumps(facts, indent=2) + "\n")
+    return out / ADAPTER_FILE
+
+
+def _first_rank() -> bool:
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return not distributed or torch.distributed.get_rank() == 0
 
 
 @contextmanager

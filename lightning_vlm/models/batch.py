@@ -73,6 +73,7 @@ class ModelBatch:
         image_index: [O] int64, for each placeholder run in row-major order the distinct image it shows.
         image_tokens: length-I list, placeholder ids of each distinct image.
         rows: the R rows themselves, for ids and info.
+        image_keys: length-I list, `ImageInput.key` of each distinct image.
         expected: length-B list, placeholder ids that each physical row must have.
         segments: [B, T] int64, 0 on a prompt, k on its k-th continuation, −1 on padding; None where none is shared.
         shifts: [B, T] int64, how far a token stands behind its place in its own row; None likewise.
@@ -86,6 +87,7 @@ class ModelBatch:
     pixels: dict[str, torch.Tensor]
     image_index: torch.Tensor
     image_tokens: list[int]
+    image_keys: list[str]
     rows: list[Row]
     expected: list[int]
     segments: torch.Tensor | None = None

@@ -79,6 +79,7 @@ def collate(
         pixels=family.merge(distinct) if distinct else {},
         image_index=torch.tensor(index, dtype=torch.long),
         image_tokens=[image.tokens for image in distinct],
+        image_keys=[image.key for image in distinct],
         rows=[row for pack in physical for row in pack.rows],
         expected=[sum(image.tokens for image in pack.rows[0].images) for pack in physical],
         segments=segments,

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
-from .families import Family
+from lightning_vlm.store import content_key
+
+from .families import Family, family_of
 from .parts import inner_model, part_of, part_parameters
 from .policy import Policy
 
@@ -27,17 +30,29 @@ def snapshot_frozen(model: Policy | PreTrainedModel) -> dict[str, int]:
     return dict(zip(frozen, prints, strict=True))
 
 
-def weights_fingerprint(model: Policy | PreTrainedModel) -> str:
-    """Hex hash of all parameters, to the bit, with their names; unsharded weights only.
+def weights_fingerprint(model: Policy | PreTrainedModel, *, part: str | None = None) -> str:
+    """Hex hash of all parameters, or those of one part, to the bit, with their names; unsharded weights only.
 
     Two models have one fingerprint if and only if (but for chance, 2⁻⁶⁴) they have the same weights.
     """
-    named = dict(inner_model(model).named_parameters())
+    model = inner_model(model)
+    named = dict(model.named_parameters() if part is None else part_parameters(model, family_of(model))[part])
     prints = torch.stack([_fingerprint(param) for param in named.values()]).tolist()
     digest = hashlib.blake2b(digest_size=16)
     for (name, param), value in zip(named.items(), prints, strict=True):
         digest.update(f"{name}\0{param.dtype}\0{tuple(param.shape)}\0{value}\n".encode())
     return digest.hexdigest()
+
+
+def config_fingerprint(config: PretrainedConfig) -> str:
+    """Hex hash of what of a configuration a forward depends on, names of places and versions aside."""
+    apart = ("_name_or_path", "dtype", "torch_dtype", "transformers_version", "architectures")
+
+    def shape(values: dict[str, Any]) -> dict[str, Any]:
+        kept = {str(name): value for name, value in values.items() if name not in apart}
+        return {name: shape(value) if isinstance(value, dict) else str(value) for name, value in kept.items()}
+
+    return content_key(shape(config.to_dict()))
 
 
 def check_frozen(model: Policy | PreTrainedModel, snapshot: Mapping[str, int], family: Family) -> None:

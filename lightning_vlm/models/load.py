@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -10,7 +11,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from .attention import use_attention
 from .families import family_of
@@ -28,6 +35,8 @@ def load_model(backbone: Backbone) -> PreTrainedModel:
     if backbone.embedded is not None:
         from .embedded import build_model
 
+        if backbone.quantize is not None:
+            raise ValueError(f"backbone.quantize has no effect on {backbone.path}, which is not loaded: leave it out")
         model = build_model(backbone.embedded, seed=backbone.seed, dtype=dtype)
     else:
         model = _pretrained(backbone, dtype)
@@ -50,7 +59,13 @@ def _pretrained(backbone: Backbone, dtype: torch.dtype) -> PreTrainedModel:
     family_of(config)
     try:
         model, report = AutoModelForImageTextToText.from_pretrained(
-            backbone.path, config=config, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, **remote
+            backbone.path,
+            config=config,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            output_loading_info=True,
+            **_quantization(backbone, config),
+            **remote,
         )
     except (OSError, SafetensorError) as error:
         raise ValueError(
@@ -63,6 +78,28 @@ def _pretrained(backbone: Backbone, dtype: torch.dtype) -> PreTrainedModel:
                 f"({', '.join(names[:3])}); is config.json another model's?"
             )
     return model
+
+
+def _quantization(backbone: Backbone, config: PretrainedConfig) -> dict[str, Any]:
+    """How transformers quantises the linear layers of the language model, and no others."""
+    if backbone.quantize is None:
+        return {}
+    if find_spec("bitsandbytes") is None:
+        raise ValueError("backbone.quantize needs bitsandbytes: pip install 'lightning-vlm[quantize]'")
+    family = family_of(config)
+    with torch.device("meta"):
+        shell = AutoModelForImageTextToText.from_config(config)
+    inside = tuple(f"{path}." for path in family.language)
+    linear = [name for name, module in shell.named_modules() if isinstance(module, nn.Linear)]
+    bits = {"load_in_8bit": True} if backbone.quantize == "8bit" else {"load_in_4bit": True}
+    if backbone.quantize == "4bit":
+        bits |= {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": getattr(torch, backbone.dtype)}
+    apart = [name for name in linear if not name.startswith(inside)]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return {
+        "quantization_config": BitsAndBytesConfig(**bits, llm_int8_skip_modules=apart),
+        "device_map": {"": device},
+    }
 
 
 def check_path(path: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from functools import partial
 
@@ -113,7 +113,7 @@ def apply_parts(
     off_graph = family.off_graph(model)
     found = blocks(model)
     for part, policy in parts.items():
-        _check(part, policy, owned)
+        _check(part, parts, owned)
         if policy.checkpoint and not any(part_of(name, family) == part for name in found):
             raise ValueError(f"parts.{part}.checkpoint has no effect: the part has no repeated blocks")
     ranks = {
@@ -137,6 +137,28 @@ def apply_parts(
         # Non-reentrant: works whether or not the block's inputs need a gradient.
         block._gradient_checkpointing_func = partial(torch_checkpoint, use_reentrant=False)
     return off_graph
+
+
+def projector_alone(parts: Mapping[str, PartPolicy] | None) -> dict[str, PartPolicy]:
+    """The settings with all parts but the projector frozen: adapter-only training (Skywork R1V).
+
+    Raises:
+        ValueError: a setting that trains another part, or freezes the projector.
+    """
+    given = dict(parts or {})
+    for part, policy in given.items():
+        if part == "projector" or part not in PARTS:
+            odd = [] if not policy.freeze else ["freeze"]
+        else:
+            given[part] = replace(policy, freeze=True)
+            odd = [f.name for f in fields(policy) if f.name not in ("freeze", "checkpoint")]
+            odd = [name for name in odd if getattr(policy, name) != getattr(PartPolicy(), name)]
+        if odd:
+            raise ValueError(
+                f"model.adapter_only trains the projector and nothing else, but parts.{part}.{odd[0]} is "
+                f"{getattr(policy, odd[0])}: leave one of them out"
+            )
+    return {part: PartPolicy(freeze=True) for part in PARTS if part != "projector"} | given
 
 
 def part_table(
@@ -189,12 +211,16 @@ def inner_model(model: Policy | PreTrainedModel) -> PreTrainedModel:
     return model.model if isinstance(model, Policy) else model
 
 
-def _check(part: str, policy: PartPolicy, owned: Mapping[str, list]) -> None:
+def _check(part: str, parts: Mapping[str, PartPolicy], owned: Mapping[str, list]) -> None:
+    policy = parts[part]
     if part not in PARTS:
         near = get_close_matches(part, PARTS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"parts are {', '.join(PARTS)}"
         raise ValueError(f"unknown part {part!r} in parts: {hint}")
-    if part not in owned:
+    tied = part == "head" and part not in owned
+    if tied and policy == PartPolicy(freeze=True) and parts.get("language", PartPolicy()).freeze:
+        return  # frozen with the embeddings
+    if tied:
         raise ValueError(f"parts.{part} cannot be set: the head is tied to the embeddings, which belong to language")
     defaults = PartPolicy()
     if policy.freeze:

@@ -8,9 +8,9 @@ D width, V vocabulary, I distinct images, O image occurrences.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from lightning_vlm.losses.kernel import Divergences, divergences, token_scores
 from .attention import prompt_mask
 from .batch import ModelBatch
 from .families import Family
+
+if TYPE_CHECKING:
+    from .vision_cache import VisionCache
 
 
 class Scores(NamedTuple):
@@ -68,6 +71,7 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
         self.family = family
+        self.vision_cache: VisionCache | None = None  # where its frozen tower's outputs come from
 
     def forward(
         self,
@@ -162,7 +166,7 @@ class Policy(nn.Module):
         """[Σ image tokens, D] projected features of all images in order of occurrence, each encoded once."""
         if not batch.pixels:
             return self.head.weight.new_zeros(0, self.head.weight.shape[1])
-        with _image_seam(self.model.model, batch):
+        with self._image_seam(batch):
             features = self.model.model.get_image_features().pooler_output
         return features.flatten(0, -2) if isinstance(features, Tensor) else torch.cat(list(features))
 
@@ -193,8 +197,13 @@ class Policy(nn.Module):
             # From one grid per occurrence and the kind of each token the family computes its M-RoPE positions.
             inputs["image_grid_thw"] = batch.pixels["image_grid_thw"][batch.image_index]
             inputs["mm_token_type_ids"] = placeholders.int()
-        with _image_seam(self.model.model, batch):
+        with self._image_seam(batch):
             yield inputs
+
+    def _image_seam(self, batch: ModelBatch) -> AbstractContextManager[None]:
+        """Images once each; their tower's outputs from the cache where there is one."""
+        cache = self.vision_cache
+        return _image_seam(self.model.model, batch, cache and (lambda: cache.answering(self, batch)))
 
     def positions(self, batch: ModelBatch, inputs: dict[str, Any]) -> Tensor:
         """[B, T] positions that skip the padding; [3, B, T] for the Qwen line, where two axes can mean packed rows."""
@@ -231,8 +240,13 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _image_seam(inner: PreTrainedModel, batch: ModelBatch) -> Iterator[None]:
-    """Lets `inner.get_image_features` answer with the batch's images, each encoded once, in order of occurrence."""
+def _image_seam(
+    inner: PreTrainedModel, batch: ModelBatch, known: Callable[[], AbstractContextManager[None]] | None
+) -> Iterator[None]:
+    """Lets `inner.get_image_features` answer with the batch's images, each encoded once, in order of occurrence.
+
+    `known` opens what answers in the tower's place, if anything does.
+    """
     original = inner.get_image_features
     order = batch.image_index.tolist()
 
@@ -249,7 +263,8 @@ def _image_seam(inner: PreTrainedModel, batch: ModelBatch) -> Iterator[None]:
 
     @wraps(original)
     def seam(*args: Any, **kwargs: Any) -> Any:
-        out = original(**batch.pixels, return_dict=True)
+        with known() if known else nullcontext():
+            out = original(**batch.pixels, return_dict=True)
         out.pooler_output = per_occurrence(out.pooler_output)
         if getattr(out, "deepstack_features", None) is not None:
             out.deepstack_features = [per_occurrence(level) for level in out.deepstack_features]

@@ -24,6 +24,8 @@ class Backbone:
         max_pixels: upper bound on an image's pixels where the image processor has one; None keeps the model's own.
         min_pixels: lower bound, likewise.
         chat_template: path of a jinja file that replaces the model's chat template.
+        quantize: `4bit` (NF4) or `8bit` keeps the linear layers of a frozen language model in so many bits, by
+            bitsandbytes (the `quantize` extra); None keeps them in `dtype`.
         adapter: adapter file (or its directory) to start from, LoRA matrices or a projector, as `lightning-vlm export
             CKPT --adapter` writes it; the parts need the LoRA settings it was trained with.
 
@@ -39,15 +41,18 @@ class Backbone:
     max_pixels: int | None = None
     min_pixels: int | None = None
     chat_template: str | None = None
+    quantize: Literal["4bit", "8bit"] | None = None
     adapter: str | None = None
 
     def __post_init__(self) -> None:
         if not self.path:
             raise ValueError("backbone.path is empty: give a hub id, a local model directory, or embedded:NAME")
-        for name, allowed in (("dtype", get_args(Dtype)), ("attention", get_args(Attention))):
+        bits = (None, "4bit", "8bit")
+        choices = (("dtype", get_args(Dtype)), ("attention", get_args(Attention)), ("quantize", bits))
+        for name, allowed in choices:
             value = getattr(self, name)
             if value not in allowed:
-                raise ValueError(f"backbone.{name} is {value!r}; choose one of {', '.join(allowed)}")
+                raise ValueError(f"backbone.{name} is {value!r}; choose one of {', '.join(map(str, allowed))}")
 
     @property
     def embedded(self) -> str | None:

@@ -6,10 +6,12 @@ from typing import Literal
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from lightning_vlm.models.families import blocks
+from lightning_vlm.models.parts import part_parameters
 from lightning_vlm.models.policy import Policy
 
 
@@ -51,6 +53,17 @@ def shard_policy(policy: Policy, mesh: DeviceMesh, mixed_precision: Literal["non
     if mixed_precision == "bf16":
         inner = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         root = MixedPrecisionPolicy(torch.bfloat16, torch.float32, output_dtype=torch.float32)
+    apart = whole_parameters(policy)
+    for param in apart:  # what is not sharded is not moved either
+        param.data = param.data.to(mesh.device_type)
     for block in blocks(policy.model).values():
-        fully_shard(block, mesh=data, mp_policy=inner)
-    fully_shard(policy, mesh=data, mp_policy=root)
+        if not apart & set(block.parameters()):
+            fully_shard(block, mesh=data, mp_policy=inner)
+    fully_shard(policy, mesh=data, mp_policy=root, ignored_params=apart)
+
+
+def whole_parameters(policy: Policy) -> set[nn.Parameter]:
+    """Those every rank keeps whole: a tower behind a cache, which a rank runs for the images it alone lacks."""
+    if policy.vision_cache is None:
+        return set()
+    return {param for _, param in part_parameters(policy, policy.family)["vision"]}
