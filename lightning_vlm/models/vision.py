@@ -58,16 +58,15 @@ def replayed(model: PreTrainedModel, family: Family, outputs: Sequence[Tensor]) 
     """
     tower = tower_of(model, family)
     levels = [level.contiguous() for level in torch.cat(list(outputs)).unbind(1)]
-
-    def answer(*args: Any, **kwargs: Any) -> BaseModelOutputWithPooling:
-        if not family.patch_rows:
-            return _written(model, levels)
-        merged = [merger(level) for merger, level in zip(_mergers(tower), levels, strict=True)]
-        out = BaseModelOutputWithPooling(last_hidden_state=levels[0], pooler_output=merged[0])
-        out.deepstack_features = merged[1:]
-        return out
-
-    with _forward_as(tower, answer):
+    with ExitStack() as stack:
+        if family.patch_rows:
+            # The rest of the tower's forward runs, so that the projector sees rows in the order it always does: sums
+            # over rows, such as its gradient, are the same to the last bit.
+            stack.enter_context(_forward_as(tower.patch_embed, lambda patches: levels[0]))
+            for place, block in enumerate(tower.blocks):
+                stack.enter_context(_forward_as(block, partial(_known, _level_behind(tower, place, levels))))
+        else:
+            stack.enter_context(_forward_as(tower, lambda *args, **kwargs: _written(model, levels)))
         yield
 
 
@@ -120,6 +119,18 @@ def _written(model: PreTrainedModel, levels: Sequence[Tensor]) -> BaseModelOutpu
 def _mergers(tower: nn.Module) -> list[nn.Module]:
     """The merger, then those of the levels that deepstack reads."""
     return [tower.merger, *getattr(tower, "deepstack_merger_list", ())]
+
+
+def _level_behind(tower: nn.Module, block: int, levels: Sequence[Tensor]) -> Tensor | None:
+    """What a block gives, where somebody reads it; towers that sort patches by windows read the last one alone."""
+    deep = list(getattr(tower, "deepstack_visual_indexes", ()))
+    if block in deep:
+        return levels[1 + deep.index(block)]
+    return levels[0] if deep and block == len(tower.blocks) - 1 else None
+
+
+def _known(level: Tensor | None, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return hidden if level is None else level
 
 
 def _merged_from(model: PreTrainedModel, family: Family, pixels: Pixels) -> Tensor:
