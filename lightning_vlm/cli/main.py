@@ -31,6 +31,26 @@ COMMANDS = {
         "lightning_vlm.cli.pairs",
         "write preference pairs from answers, edited captions or given negatives: --data DATA --out FILE",
     ),
+    "compose": (
+        "lightning_vlm.cli.compose",
+        "build a VLM from a vision tower and a language model: --vision DIR --language DIR --out DIR",
+    ),
+    "swap-language": (
+        "lightning_vlm.cli.compose",
+        "put another language model behind a VLM's projector: DIR --language DIR",
+    ),
+    "take-encoder": ("lightning_vlm.cli.compose", "a VLM's vision tower as a model directory: DIR --out DIR"),
+    "take-language": ("lightning_vlm.cli.compose", "a VLM's language model as a model directory: DIR --out DIR"),
+    "put-encoder": ("lightning_vlm.cli.compose", "put another vision tower into a VLM: DIR --encoder DIR --out DIR"),
+    "distill": (
+        "lightning_vlm.cli.distill",
+        "a model's own chains of thought, judged, as long as questions need: --data DATA --model DIR --out FILE",
+    ),
+    "select": ("lightning_vlm.cli.select", "samples by score and by what a model got wrong: --scored FILE --out FILE"),
+    "probe": (
+        "lightning_vlm.cli.probe",
+        "what a vision tower knows: DIR --probe linear|segmentation|gradients|alignment|updates",
+    ),
     "influence": (
         "lightning_vlm.cli.influence",
         "what a step on one sample does to other texts, for small models: DIR --train FILE --probe FILE",
@@ -46,7 +66,7 @@ PACKAGES = tuple(str(Path(__file__).resolve().parents[2] / name) + os.sep for na
 def usage() -> str:
     """The text of `lightning-vlm --help`."""
     lines = ["usage: lightning-vlm COMMAND ...", "", "Post-training of vision-language models.", "", "commands:"]
-    lines += [f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items()]
+    lines += [f"  {name:<15}{text}" for name, (_, text) in COMMANDS.items()]
     lines += ["", "options:", "  --help      this text; `lightning-vlm COMMAND --help` for one command"]
     lines += ["  --version   the version", "  --traceback show where an error was raised (also LVLM_TRACEBACK=1)"]
     return "\n".join(lines)

@@ -266,7 +266,7 @@ def load_processor(backbone: Backbone) -> Processor:
                 "add it, with the value that the model's config.json implies"
             )
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=backbone.trust_remote_code)
-    image_processor = _image_processor(source, settings, _pixel_bounds(backbone))
+    image_processor = load_image_processor(source, settings, _pixel_bounds(backbone))
     template = _override(backbone) or _template(source, settings, tokenizer)
     cls = images_only(name)
     own = inspect.signature(cls.__init__).parameters.keys() - {*cls.get_attributes(), *_PARTS}
@@ -347,11 +347,18 @@ def _class_name(source: Path, settings: dict[str, Any]) -> str:
     )
 
 
-def _image_processor(source: Path, settings: dict[str, Any], bounds: dict[str, int]) -> Any:
+def load_image_processor(source: Path, settings: dict[str, Any], bounds: dict[str, int]) -> Any:
     """The directory's image processor, the variant that needs Pillow and numpy alone.
 
     It is looked up by name and in its own module: some of the supported releases ask for torchvision in the Auto class
     and put a stand-in for this class, although it does without.
+
+    Args:
+        source: model directory. settings: its processor_config.json, which may hold the image processor's.
+        bounds: `min_pixels`, `max_pixels` in place of the directory's own.
+
+    Raises:
+        ValueError: a class that transformers lacks, or one without such bounds.
     """
     values = _json(source / "preprocessor_config.json") or settings["image_processor"]
     kind = values.get("image_processor_type") or values.get("feature_extractor_type") or ""
