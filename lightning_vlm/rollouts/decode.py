@@ -90,6 +90,7 @@ def decode(
     banned: Collection[int],
     text: Callable[[Sequence[int]], str],
     done: Callable[[int], Any] = lambda count: None,
+    penalty_R: Tensor | None = None,
 ) -> Decoded:
     """Continues prompts until each completion ends by itself or has `max_new_tokens`.
 
@@ -103,6 +104,8 @@ def decode(
         banned: ids that are never drawn.
         text: ids → text, to look for `sampling.stop` in.
         done: called with the number of completions that have just ended.
+        penalty_R: [R] repetition penalty of each completion, on the completion's own tokens alone; in place of
+            `sampling.repetition_penalty`.
     """
     device, count = batch.input_ids.device, len(prompt_R)
     eos_ids, banned_ids = (torch.tensor(sorted(ids), dtype=torch.long, device=device) for ids in (eos, banned))
@@ -123,11 +126,14 @@ def decode(
     ended = torch.zeros(count, dtype=torch.bool, device=device)
     columns: list[tuple[Tensor, ...]] = []  # per step: who is in the batch, and what was drawn for them
     history_LT = batch.input_ids[prompt_R] if sampling.repetition_penalty != 1 else None
+    if penalty_R is not None:
+        history_LT = batch.input_ids.new_empty(count, 0)
     place_L = torch.arange(count, device=device)
     live_L = torch.ones(count, dtype=torch.bool, device=device)
     stops = _Stops(sampling.stop, text, count)
     for step in range(sampling.max_new_tokens):
-        drawn = draw_tokens(logits_LV, sampling, keyed_uniform(keys_R[place_L], step), banned_ids, history_LT)
+        own_L = None if penalty_R is None else penalty_R[place_L]
+        drawn = draw_tokens(logits_LV, sampling, keyed_uniform(keys_R[place_L], step), banned_ids, history_LT, own_L)
         columns.append((place_L, *drawn))
         over_L = torch.isin(drawn.tokens, eos_ids) | stops.reached(place_L, drawn.tokens)
         over_L &= live_L

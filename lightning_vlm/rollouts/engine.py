@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -113,15 +114,29 @@ class PolicyEngine:
         self.context = context or nullcontext
 
     def generate(
-        self, prompts: Sequence[Row], *, n: int = 1, sampling: Sampling, keys: tuple[int, int]
+        self,
+        prompts: Sequence[Row],
+        *,
+        n: int = 1,
+        sampling: Sampling,
+        keys: tuple[int, int],
+        penalties: Sequence[float] | None = None,
     ) -> list[list[Completion]]:
         """See `Engine.generate`.
 
+        Args:
+            prompts, n, sampling, keys: see there.
+            penalties: repetition penalty of each prompt's completions, in place of `sampling.repetition_penalty`. It
+                bears on tokens of the completion alone: a prompt holds the token that ends a turn, and a penalty on
+                that one would make completions longer.
+
         Raises:
             ValueError: n below 1, an empty prompt, a prompt with an image that is cut off, or one that leaves no room
-                for `max_new_tokens` in the model's context.
+                for `max_new_tokens` in the model's context; penalties that are not positive, not one per prompt, or
+                beside one of `sampling`.
         """
         _check(prompts, n)
+        _check_penalties(penalties, len(prompts), sampling)
         self._check_context(prompts, sampling.max_new_tokens)
         draws = 1 if sampling.greedy else n  # greedy draws of one prompt are one and the same
         jobs = [(p, d) for p in _order(prompts) for d in range(draws)]
@@ -130,7 +145,8 @@ class PolicyEngine:
             for start in range(0, len(jobs), self.batch_size):
                 some = jobs[start : start + self.batch_size]
                 draw_keys = [draw_key(*keys, prompts[p].id, d) for p, d in some]
-                completions = self._generate(prompts, [p for p, _ in some], draw_keys, sampling, bar.update)
+                own = None if penalties is None else [penalties[p] for p, _ in some]
+                completions = self._generate(prompts, [p for p, _ in some], draw_keys, sampling, bar.update, own)
                 done.update(zip(some, completions, strict=True))
         return [[done[p, d % draws] for d in range(n)] for p in range(len(prompts))]
 
@@ -198,6 +214,7 @@ class PolicyEngine:
         draw_keys: list[int],
         sampling: Sampling,
         done: Callable[[int], Any],
+        penalties: list[float] | None = None,
     ) -> list[Completion]:
         """One completion per entry of `chosen`, which prompts they continue; each prompt runs once."""
         places = {p: place for place, p in enumerate(dict.fromkeys(chosen))}
@@ -213,6 +230,7 @@ class PolicyEngine:
             banned=self.processor.banned_ids,
             text=self._text,
             done=done,
+            penalty_R=None if penalties is None else torch.tensor(penalties, dtype=torch.float64, device=device),
         )
         values = zip(*(part.tolist() for part in out[2:]), strict=True)
         return [
@@ -255,6 +273,18 @@ def _check(prompts: Sequence[Row], n: int) -> None:
     for row in prompts:
         if len(row) == 0:
             raise ValueError(f"prompt {row.id!r} is empty: nothing to continue")
+
+
+def _check_penalties(penalties: Sequence[float] | None, prompts: int, sampling: Sampling) -> None:
+    if penalties is None:
+        return
+    if len(penalties) != prompts:
+        raise ValueError(f"penalties: {len(penalties)} for {prompts} prompts; give one for each")
+    if sampling.repetition_penalty != 1:
+        raise ValueError(f"repetition_penalty {sampling.repetition_penalty} has no effect beside penalties: leave it 1")
+    for penalty in penalties:
+        if not 0 < penalty < math.inf:
+            raise ValueError(f"penalties must be positive numbers (1 is off), got {penalty}")
 
 
 def _order(prompts: Sequence[Row]) -> list[int]:

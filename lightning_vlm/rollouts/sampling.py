@@ -137,7 +137,12 @@ class Drawn(NamedTuple):
 
 
 def draw_tokens(
-    logits_BV: Tensor, sampling: Sampling, uniform_B: Tensor, banned_K: Tensor, seen_BT: Tensor | None = None
+    logits_BV: Tensor,
+    sampling: Sampling,
+    uniform_B: Tensor,
+    banned_K: Tensor,
+    seen_BT: Tensor | None = None,
+    penalty_B: Tensor | None = None,
 ) -> Drawn:
     """Draw one token per row by inverting the cumulative distribution at `uniform_B`.
 
@@ -150,20 +155,30 @@ def draw_tokens(
         uniform_B: [B] float64 in [0, 1) (`keyed_uniform`); not looked at by greedy.
         banned_K: [K] ids that are never drawn, not even when they are the most likely.
         seen_BT: [B, T] ids that the repetition penalty bears on; needed where there is one.
+        penalty_B: [B] repetition penalty of each row, in place of `sampling.repetition_penalty`.
     """
     rows = logits_BV.shape[0] if logits_BV.is_cuda else max(1, _CACHED // logits_BV.shape[1])
     banned_K = banned_K[banned_K < logits_BV.shape[1]]
     if rows >= logits_BV.shape[0]:
-        return _draw(logits_BV, sampling, uniform_B, banned_K, seen_BT)
-    seen = [None] * -(-len(uniform_B) // rows) if seen_BT is None else seen_BT.split(rows)
-    parts = zip(logits_BV.split(rows), uniform_B.split(rows), seen, strict=True)
-    drawn = [_draw(logits, sampling, uniform, banned_K, part) for logits, uniform, part in parts]
+        return _draw(logits_BV, sampling, uniform_B, banned_K, seen_BT, penalty_B)
+    none = [None] * -(-len(uniform_B) // rows)
+    seen = none if seen_BT is None else seen_BT.split(rows)
+    penalties = none if penalty_B is None else penalty_B.split(rows)
+    parts = zip(logits_BV.split(rows), uniform_B.split(rows), seen, penalties, strict=True)
+    drawn = [_draw(logits, sampling, uniform, banned_K, *own) for logits, uniform, *own in parts]
     return Drawn(*(torch.cat(column) for column in zip(*drawn, strict=True)))
 
 
-def _draw(logits_BV: Tensor, sampling: Sampling, uniform_B: Tensor, banned_K: Tensor, seen_BT: Tensor | None) -> Drawn:
+def _draw(
+    logits_BV: Tensor,
+    sampling: Sampling,
+    uniform_B: Tensor,
+    banned_K: Tensor,
+    seen_BT: Tensor | None,
+    penalty_B: Tensor | None,
+) -> Drawn:
     logits_BV = logits_BV if logits_BV.dtype == torch.float64 else logits_BV.float()
-    kept_BV = _kept(logits_BV, sampling, banned_K, seen_BT)
+    kept_BV = _kept(logits_BV, sampling, banned_K, seen_BT, penalty_B)
     if sampling.temperature not in (0, 1):
         logits_BV /= sampling.temperature
     banned_BK = logits_BV[:, banned_K].double()
@@ -174,11 +189,15 @@ def _draw(logits_BV: Tensor, sampling: Sampling, uniform_B: Tensor, banned_K: Te
     return Drawn(tokens, softmax.logits(tokens) - total, left.logits(tokens) - left.log_total, entropies)
 
 
-def _kept(logits_BV: Tensor, sampling: Sampling, banned_K: Tensor, seen_BT: Tensor | None) -> Tensor | None:
+def _kept(
+    logits_BV: Tensor, sampling: Sampling, banned_K: Tensor, seen_BT: Tensor | None, penalty_B: Tensor | None
+) -> Tensor | None:
     """[B, V] logits after penalty, temperature, bans and filters; None where there are only bans."""
-    if not sampling.filtered and sampling.repetition_penalty == 1:
+    if not sampling.filtered and sampling.repetition_penalty == 1 and penalty_B is None:
         return None
-    if sampling.repetition_penalty != 1:
+    if penalty_B is not None:
+        logits_BV = _penalised(logits_BV, seen_BT, penalty_B[:, None].to(logits_BV.dtype))
+    elif sampling.repetition_penalty != 1:
         logits_BV = _penalised(logits_BV, seen_BT, sampling.repetition_penalty)
     kept_BV = logits_BV / (sampling.temperature or 1.0)
     return filter_logits(kept_BV.index_fill_(1, banned_K, -torch.inf), sampling)
@@ -245,8 +264,8 @@ def _first_above(cumulative: Tensor, target_B: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, target_B[:, None], right=True)[:, 0]
 
 
-def _penalised(logits_BV: Tensor, seen_BT: Tensor, penalty: float) -> Tensor:
-    """The logits with those of ids in `seen_BT` made smaller."""
+def _penalised(logits_BV: Tensor, seen_BT: Tensor, penalty: float | Tensor) -> Tensor:
+    """The logits with those of ids in `seen_BT` made smaller; `penalty` is one number, or [B, 1]."""
     seen = logits_BV.gather(1, seen_BT)
     return logits_BV.scatter(1, seen_BT, torch.where(seen < 0, seen * penalty, seen / penalty))
 
