@@ -170,8 +170,8 @@ def whole_directory(out: Path) -> Iterator[Path]:
         if isinstance(err, OSError | SafetensorError):
             free = shutil.disk_usage(out.parent).free / 2**30
             raise OSError(
-                f"could not write {out}: {err} ({free:.1f} GiB free); free some space, then `lightning-vlm export` "
-                "makes it from a checkpoint of the run"
+                f"could not write {out}: {err} ({free:.1f} GiB free); free some space and start again; of a run, "
+                "`lightning-vlm export` makes it from a checkpoint"
             ) from err
         raise
     replace_directory(temporary, out)

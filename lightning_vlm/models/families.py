@@ -233,7 +233,7 @@ FAMILIES: dict[str, Family] = {
     )
 }
 
-_TOWERS = {"llava": ("clip_vision_model", "siglip_vision_model")}
+_TOWERS = {"llava": ("clip_vision_model", "siglip_vision_model", "dinov2", "dinov2_with_registers")}
 
 
 def family_of(model_or_config: PreTrainedModel | PretrainedConfig) -> Family:
