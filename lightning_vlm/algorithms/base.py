@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from lightning_vlm.algorithms.adapter_only import check_resumed, trained_state
+from lightning_vlm.algorithms.building import build_policy
 from lightning_vlm.algorithms.evaluation import EvaluationMixin
 from lightning_vlm.algorithms.groups import build_optimizer
 from lightning_vlm.algorithms.guard import PartGuard, require_finite
@@ -28,18 +29,15 @@ from lightning_vlm.algorithms.optimizer import PartOptimizer, Schedule, lr_facto
 from lightning_vlm.algorithms.totals import Micro, StepTotals, peak_memory
 from lightning_vlm.data.loading import StepBatch
 from lightning_vlm.losses.terms import objective
-from lightning_vlm.models.adapters import frozen_sample, load_adapter_file
+from lightning_vlm.models.adapters import frozen_sample
 from lightning_vlm.models.attention import shares_prompts
 from lightning_vlm.models.batch import ModelBatch, Row
 from lightning_vlm.models.collate import collate
-from lightning_vlm.models.families import family_of
-from lightning_vlm.models.load import check_vocabulary, load_model
 from lightning_vlm.models.packing import Pack, laid_out
-from lightning_vlm.models.parts import PartPolicy, apply_parts, projector_alone
+from lightning_vlm.models.parts import PartPolicy, projector_alone
 from lightning_vlm.models.policy import Policy
 from lightning_vlm.models.processor import Processor, load_processor
 from lightning_vlm.models.spec import Backbone
-from lightning_vlm.models.vision_cache import VisionCache
 from lightning_vlm.rollouts import Sampling
 from lightning_vlm.strategies.fsdp import shard_policy
 from lightning_vlm.strategies.sync import GradientSync, max_over_ranks, sum_over_ranks
@@ -166,28 +164,12 @@ class Algorithm(EvaluationMixin, L.LightningModule):
         if self.policy is not None:
             return
         self.policy = self.build_policy(self.backbone)
-        if self.vision_cache:
-            folder = self.vision_cache if isinstance(self.vision_cache, str) else None
-            precision = f"{self.trainer.precision} {getattr(self.trainer.strategy, 'mixed_precision', 'none')}"
-            cache = VisionCache(self.policy, self.processor, folder=folder, precision=precision)
-            self.policy.vision_cache = cache
         self.extend_policy()
         self.shard(self.policy)
 
     def build_policy(self, backbone: Backbone) -> Policy:
         """A policy as this run trains it, before anything is learned: loaded, frozen and adapted, whole, on the CPU."""
-        if backbone.quantize is not None and not self.parts.get("language", PartPolicy()).freeze:
-            raise ValueError(
-                f"backbone.quantize {backbone.quantize} needs a frozen language model: set model.adapter_only to true, "
-                "or leave backbone.quantize out"
-            )
-        model = load_model(backbone)
-        check_vocabulary(model, self.processor)
-        family = family_of(model)
-        apply_parts(model, family, self.parts)
-        if backbone.adapter is not None:
-            load_adapter_file(model, backbone.adapter, self.parts)
-        return Policy(model, family)
+        return build_policy(self, backbone)
 
     def shard(self, policy: Policy) -> None:
         """Shard a policy in place under a strategy that shards."""

@@ -64,7 +64,8 @@ class Generation:
         if self._copy is not None:
             with unsharded(policy), torch.no_grad():
                 for own, theirs in zip(self._copy.parameters(), policy.parameters(), strict=True):
-                    own.copy_(theirs)
+                    if theirs.requires_grad:
+                        own.copy_(theirs)
             policy, context = self._copy, None
         engine = PolicyEngine(policy, module.processor, batch_size=self.batch_size, context=context)
         return engine.generate(rows, n=n, sampling=sampling, keys=keys)

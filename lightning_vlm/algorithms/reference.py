@@ -73,10 +73,7 @@ class Reference:
         if self.model is not None:
             backbone = replace(backbone, path=self.model, adapter=None)
             check_same_inputs(self.model, load_processor(backbone), module.processor)
-        policy = module.build_policy(backbone).requires_grad_(False).eval()
-        if self.model is None:  # the same tower
-            policy.vision_cache = module.policy.vision_cache
-        return policy
+        return module.build_policy(backbone).requires_grad_(False).eval()
 
 
 class OnlineReference(Reference):
