@@ -62,6 +62,14 @@ def test_mismatch_and_video_are_kept_for_the_encoder(tmp_path):
     assert [len(s.images) for s in source] == [1, 2, 0, 0]
 
 
+def test_a_gold_answer_beside_the_conversation(tmp_path):
+    turns = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "two"}]
+    rows = [{"id": "a", "messages": turns, "answer": "2"}, {"id": "b", "messages": turns, "answer": 3}]
+    rows.append({"id": "c", "messages": turns})
+    samples = opened(kind="messages", path=write(tmp_path / "d.json", rows))
+    assert [sample.answer for sample in samples] == ["2", "3", None]
+
+
 def test_messages_with_parts_and_inline_images(tmp_path):
     uri = "data:image/png;base64," + base64.b64encode(png("blue")).decode()
     content = [

@@ -30,7 +30,7 @@ WORKS: dict[str, Size] = {
     # The model of `tools.bench` at 336 pixels (144 image tokens of 576 patches).
     "benchmark": replace(SIZES["small"], image=336),
     # A tower larger than its language model, as encoders of billions are in front of small ones.
-    "vit-heavy": replace(SIZES["small"], image=336, vision_hidden=256, vision_layers=12),
+    "vit-heavy": replace(SIZES["small"], image=336, vision_hidden=320, vision_layers=12),
     "tiny": SIZES["tiny"],
 }
 

@@ -122,7 +122,15 @@ class ConversationRow:
         if row.get("system"):
             messages.insert(0, message("system", text(row["system"])))
         place_unplaced(messages, images=len(images), videos=row_videos(row))
-        return Sample(id, messages, images, source=self.label, info=row_info(row, (self.column, "system")))
+        gold = row.get("answer")  # beside the conversation, for rules and rewards
+        return Sample(
+            id,
+            messages,
+            images,
+            answer=str(gold) if isinstance(gold, str | int | float) else None,
+            source=self.label,
+            info=row_info(row, (self.column, "system")),
+        )
 
 
 def open_conversations(spec: SourceSpec, label: str) -> RowSource:
