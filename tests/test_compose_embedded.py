@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from PIL import Image
@@ -15,6 +17,7 @@ from lightning_vlm.models.processor import load_processor
 from lightning_vlm.models.spec import Backbone
 from lightning_vlm.models.tiny import make_tiny
 
+COMPOSITIONS = Path(__file__).resolve().parent.parent / "configs" / "compose"
 NAMES = [f"{form}-{size}" for form in ("llava", "qwen2_5_vl") for size in ("student", "teacher", "small")]
 
 
@@ -142,3 +145,10 @@ def test_bad_settings(command, text, said, tmp_path):
         main(command, ["-c", str(file)])
     with pytest.raises(ValueError, match="unrecognized arguments: --vison"):
         main(command, ["--vison=x"])
+
+
+@pytest.mark.parametrize("file", sorted(path.stem for path in COMPOSITIONS.glob("*.yaml")))
+def test_written_compositions_ask_for_their_parts_and_nothing_else(file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="--vision '.*' is no directory"):
+        main("compose", ["-c", f"compose/{file}", "--out", "vlm"])
