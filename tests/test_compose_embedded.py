@@ -150,5 +150,5 @@ def test_bad_settings(command, text, said, tmp_path):
 @pytest.mark.parametrize("file", sorted(path.stem for path in COMPOSITIONS.glob("*.yaml")))
 def test_written_compositions_ask_for_their_parts_and_nothing_else(file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="--vision '.*' is no directory"):
+    with pytest.raises(ValueError, match=r"--vision '.*' is no directory"):
         main("compose", ["-c", f"compose/{file}", "--out", "vlm"])
