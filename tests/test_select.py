@@ -33,7 +33,9 @@ def said(id: str, output: str, **more) -> dict:
 def place(tmp_path, monkeypatch):
     """Four samples: a 5 right, b 5 wrong, c 3 wrong, d 2 right."""
     enter(tmp_path, monkeypatch)
-    lines("chains.jsonl", scored("a", 5.0), scored("b", 5.0), scored("c", 3.0), scored("d", 2.0))
+    own = {"a": 1.0, "b": 4.0, "c": 5.0, "d": 0.0}  # in another order than the scores
+    scores = {"a": 5.0, "b": 5.0, "c": 3.0, "d": 2.0}
+    lines("chains.jsonl", *(scored(id, scores[id], own_score=own[id]) for id in own))
     answers = [said("a", "\\boxed{5}"), said("b", "\\boxed{6}"), said("c", "no idea"), said("d", "5")]
     lines("answers.jsonl", *answers)
     return tmp_path
@@ -67,13 +69,15 @@ def test_union_and_intersection_by_hand(place, capsys):
 def test_score_alone(place, capsys):
     assert chosen("--min_score", "5", answers=None) == ["a", "b"]
     assert capsys.readouterr().out.splitlines() == ["out.jsonl: 2 of 4 samples", "  score >= 5: 2"]
-    assert chosen("--min_score", "1", "--column", "own_score", answers=None) == ["a", "b", "c", "d"]
+    assert chosen("--min_score", "4", "--column", "own_score", answers=None) == ["b", "c"]
+    assert chosen("--threshold", "5", "--combine", "intersection", "--column", "own_score") == ["c"]
 
 
 def test_records_keep_what_they_have(place):
     chosen("--min_score", "5", answers=None, out="deeper/out.jsonl")
     rows = [json.loads(line) for line in Path("deeper/out.jsonl").read_text().splitlines()]
-    assert rows == [scored(id, 5.0, images=[f"../chains_images/{id}.png"]) for id in ("a", "b")]
+    told = {id: {"own_score": own, "images": [f"../chains_images/{id}.png"]} for id, own in (("a", 1.0), ("b", 4.0))}
+    assert rows == [scored(id, 5.0, **more) for id, more in told.items()]
 
 
 def test_answers_under_another_label_and_several_draws(place):

@@ -250,19 +250,6 @@ def test_easy_pairs_are_about_another_picture(family):
             assert re.search(r"\\boxed\{(\d+)\}$", after.rejected).group(1) != after.answer
 
 
-def test_words_instead_of_the_picture():
-    """Every figure with its row and column, as the scene has them; no image is shown."""
-    settings = {"size": 20, "families": ("caption",), "pairs": True}
-    tokenizer = build_tokenizer()
-    for shown, told in zip(WorldSource(**settings), WorldSource(**settings, text_only=True), strict=True):
-        (part,) = told.messages[0]["content"]
-        figures = scene_of(shown).figures
-        listed = ", ".join(f"{f.name} at {f.cell // 4}: {f.cell % 4}" for f in figures)
-        assert part["text"] == f"{listed}. describe the image." and not told.images
-        assert (told.chosen(), told.rejected) == (shown.chosen(), shown.rejected)
-        assert tokenizer.decode(tokenizer(part["text"], add_special_tokens=False).input_ids) == part["text"]
-
-
 def test_every_text_is_in_the_vocabulary_and_decodes_to_itself():
     tokenizer = build_tokenizer()
     for split in SPLITS:
@@ -291,7 +278,6 @@ def test_samples_travel_to_workers():
         ({"chains_first": -1}, "chains_first is -1"),
         ({"easy_pairs": 0.5}, "needs pairs: true"),
         ({"easy_pairs": 2.0, "pairs": True}, "easy_pairs is 2.0"),
-        ({"text_only": True}, "text_only needs families"),
     ],
 )
 def test_bad_settings_are_named(settings, said):

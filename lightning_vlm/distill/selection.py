@@ -65,11 +65,10 @@ def select(
     if combine not in ("union", "intersection"):
         raise ValueError(f"combine is {combine!r}: choose union or intersection")
     for record in records:
-        if not isinstance(record.get("score"), int | float) or isinstance(record.get("score"), bool):
-            raise ValueError(
-                f"record {record.get('id')!r} has no score ({record.get('score')!r}): score it, or leave it out"
-            )
-    good = {record["id"] for record in records if record["score"] >= threshold}
+        value = record.get(column)
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise ValueError(f"record {record.get('id')!r} has no {column} ({value!r}): score it, or leave it out")
+    good = {record["id"] for record in records if record[column] >= threshold}
     wrong = good if failed is None else {record["id"] for record in records if record["id"] in failed}
     chosen = good & wrong if combine == "intersection" else good | wrong
     if not chosen:

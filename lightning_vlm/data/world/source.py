@@ -10,6 +10,7 @@ from lightning_vlm.data.schema import Sample, image, message, text
 from lightning_vlm.data.world.captions import minimal_edit
 from lightning_vlm.data.world.families import FAMILIES, Question
 from lightning_vlm.data.world.scene import GRID, Scene, masks, patch_labels, picture
+from lightning_vlm.models.embedded import COLOURS
 
 SPLITS: dict[str, tuple[str, ...]] = {
     "train": tuple(FAMILIES),
@@ -45,7 +46,7 @@ class WorldSource(Sequence[Sample]):
             source is read in order).
         questions_per_image: 1 or 2 samples in a row about each image.
         pairs: fill `Sample.rejected`: a caption with one word made false, or the answer derived from a misreading.
-        text_only: say in words what the picture shows, before the question, instead of showing it; captions only.
+        text_only: say in words what the picture shows, before the question, instead of showing it.
         easy_pairs: share of the pairs whose rejected answer is that of another picture instead, which is easy to tell.
 
     Raises:
@@ -80,10 +81,6 @@ class WorldSource(Sequence[Sample]):
             raise ValueError(f"direct_fraction is {direct_fraction}; it must lie between 0 and 1")
         if not 0 <= easy_pairs <= 1 or (easy_pairs and not pairs):
             raise ValueError(f"easy_pairs is {easy_pairs}; it must lie between 0 and 1, and needs pairs: true")
-        if text_only and self.families != ("caption",):
-            raise ValueError(
-                f"text_only needs families: [caption], got {list(self.families)}: others need their picture"
-            )
         if chains_first < 0:
             raise ValueError(f"chains_first is {chains_first}; it must be at least 0")
         if questions_per_image not in (1, 2):
@@ -155,8 +152,21 @@ class WorldSource(Sequence[Sample]):
 
 
 def _in_words(scene: Scene) -> str:
-    """Each figure with its row and column: `red circle at 0: 2, blue square at 3: 1.`."""
-    return ", ".join(f"{f.name} at {f.cell // GRID}: {f.cell % GRID}" for f in scene.figures) + "."
+    """All that a scene shows, in its order, in the closed vocabulary of the embedded models.
+
+    Figures and labels have row and column, `red circle at 0: 2, blue square at 3: 1.`, `a triangle with 40 at 0: 1, x
+    at 3: 0, 65 at 3: 3.`; bars have column and value, `red bar at 1 = 7, blue bar at 2 = 10.`.
+    """
+    things = [f"{f.name} at {_place(f.cell)}" for f in scene.figures]
+    things += [f"{COLOURS[bar.colour]} bar at {bar.column} = {bar.value}" for bar in scene.bars]
+    things += [f"{label.text} at {_place(label.cell)}" for label in scene.labels]
+    outline = "a triangle with " if scene.triangle is not None else ""
+    return f"{outline}{', '.join(things)}."
+
+
+def _place(cell: int) -> str:
+    """Row and column of a cell: `3: 1`."""
+    return f"{cell // GRID}: {cell % GRID}"
 
 
 def _answer(steps: str, answer: int, direct: bool) -> str:
