@@ -80,8 +80,8 @@ class BenchmarkSpec:
     Args:
         source: the samples; `source.limit` makes a smaller benchmark of it.
         rule: how answers are graded, for example `geometry3k/freeform` (last \boxed{}, equality by math-verify),
-            `mathvista/rules`, `mathvision/released`, `mmvp/option`, `coco/ptb`, `world/captions`, `answer/short`,
-            `option` (the option's letter or text), `exact` (normalised text). None takes the source's own.
+            `mathvista/rules`, `mathvision/released`, `mmvp/option`, `coco/ptb`, `world/captions`, `world/twins`,
+            `answer/short`, `option` (the option's letter or text), `exact` (normalised text). None: the source's own.
         every: optimizer steps between evaluations.
         max_new_tokens: longest answer in tokens.
         temperature: 0 answers greedily, anything else draws.
@@ -101,6 +101,7 @@ class BenchmarkSpec:
 # What grades a kind of source: the first by default, the others on demand; `exact` and `option` grade any questions.
 _RULES_OF = {
     "world": ("world/exact", "world/captions"),
+    "world-twins": ("world/twins",),
     "geometry3k": ("geometry3k/freeform", "geometry3k/math-verify", "geometry3k/mcq", "answer/short"),
     "mathvista": ("mathvista/rules",),
     "mathvision": ("mathvision/released", "answer/short"),
@@ -146,7 +147,7 @@ def open_benchmark(spec: BenchmarkSpec, name: str) -> Benchmark:
         raise ValueError(
             f"benchmark {name!r}: no rule grades source kind {source.kind!r}; these have one: {', '.join(_RULES_OF)}"
         )
-    fitting = own if source.kind in ("world", "coco") else (*own, *_ANY)
+    fitting = own if source.kind in ("world", "world-twins", "coco") else (*own, *_ANY)
     rule = spec.rule or _default_rule(source)
     if rule not in fitting:
         raise ValueError(

@@ -65,6 +65,16 @@ def grade_world(output: str, sample: Sample) -> Record:
     return _verdict(answer, exact_match(answer, gold_of(sample)) == 1) | {"direct": direct}
 
 
+def grade_twin(output: str, sample: Sample) -> Record:
+    """As `grade_world`; the record names the pair of twins."""
+    return grade_world(output, sample) | {"pair": sample.info["pair"]}
+
+
+def twin_groups(sample: Sample) -> Groups:
+    """The detail that tells the pictures of a pair apart, and the split."""
+    return {"twin": sample.info["twin"], "split": sample.info["split"]}
+
+
 def summarise_world(rule: Rule, records: list[Record]) -> Summary:
     """As `mean_summary`, over questions: captions stand apart as `family/caption`; `direct`: share without a chain."""
     everything = mean_summary(rule, records)
@@ -237,6 +247,13 @@ RULES: dict[str, Rule] = {
             groups=world_groups,
             tracked=("family",),
             summarise=summarise_world,
+        ),
+        Rule(
+            name="world/twins",
+            grade=grade_twin,
+            groups=twin_groups,
+            tracked=("twin",),
+            summarise=summarise_pairs,
         ),
         Rule(
             name="world/captions",

@@ -353,8 +353,8 @@ def load_image_processor(source: Path, settings: dict[str, Any], bounds: dict[st
     It is looked up by name and in its own module: some of the supported releases ask for torchvision in the Auto class
     and put a stand-in for this class, although it does without.
 
-    `settings` are those of processor_config.json, which may hold the image processor's own; `bounds` are `min_pixels` and
-    `max_pixels` in place of these. ValueError: a class that transformers lacks, or one without bounds.
+    `settings` are those of processor_config.json, which may hold the image processor's own; `bounds` are `min_pixels`
+    and `max_pixels` in place of these. ValueError: a class that transformers lacks, or one without bounds.
     """
     values = _json(source / "preprocessor_config.json") or settings["image_processor"]
     kind = values.get("image_processor_type") or values.get("feature_extractor_type") or ""

@@ -46,12 +46,27 @@ def open_world(spec: SourceSpec, label: str) -> Sequence[Sample]:
     """
     from lightning_vlm.data.world import WorldSource
 
-    valid = [p for p in inspect.signature(WorldSource).parameters if p != "split"]
+    return _of_world(WorldSource, "the embedded world has", spec, label)
+
+
+def open_world_twins(spec: SourceSpec, label: str) -> Sequence[Sample]:
+    """Pairs of pictures of the embedded world that differ in one detail; `options` are its arguments.
+
+    Raises:
+        ValueError: an option that it does not have.
+    """
+    from lightning_vlm.data.world.twins import TwinSource
+
+    return _of_world(TwinSource, "the embedded world's twins have", spec, label)
+
+
+def _of_world(source: Callable[..., Sequence[Sample]], whose: str, spec: SourceSpec, label: str) -> Sequence[Sample]:
+    valid = [p for p in inspect.signature(source).parameters if p != "split"]
     for option in spec.options:
         if option not in valid:
-            raise ValueError(f"the embedded world has no option {option!r}{one_of(option, valid)}")
+            raise ValueError(f"{whose} no option {option!r}{one_of(option, valid)}")
     split = {} if spec.split is None else {"split": spec.split}
-    return Relabelled(WorldSource(**spec.options, **split), label, prefix_ids=spec.label is not None)
+    return Relabelled(source(**spec.options, **split), label, prefix_ids=spec.label is not None)
 
 
 KINDS = {
@@ -90,6 +105,7 @@ KINDS = {
         open_questions, (*_TABLE, "prompt", "instruction"), ("question", "problem", "answer", "choices", *_IMAGES)
     ),
     "world": Kind(open_world, ("split",), (), None),
+    "world-twins": Kind(open_world_twins, ("split",), (), None),
 }
 
 

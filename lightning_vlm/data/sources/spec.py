@@ -13,7 +13,7 @@ class SourceSpec:
     """One data source. A field that the kind has no use for is refused, not ignored.
 
     Args:
-        kind: geometry3k, mathvista, mathvision, mmvp, coco, sharegpt, messages, preference, qa or world.
+        kind: geometry3k, mathvista, mathvision, mmvp, coco, sharegpt, messages, preference, qa, world or world-twins.
         path: file, folder, or name of a data set on the hub (`owner/name`).
         split: split of a hub data set, of a folder of files named by split, or of Karpathy's COCO (`train+restval`).
         name: configuration of a hub data set, where it has several.
@@ -27,7 +27,7 @@ class SourceSpec:
         limit: only the first so many rows.
         weight: relative share of the samples drawn in a mixture.
         options: settings of the kind: `captions: all|one` (coco), `swap_pairs: true|false` (mmvp), the arguments of the
-            embedded world (world).
+            embedded world and its twins (world, world-twins).
     """
 
     kind: str
