@@ -24,6 +24,8 @@ CASES = {name: {"algorithm": name} for name in sorted(algorithms.__all__) if nam
     "GRPO": {"algorithm": "GRPO", "kl_beta": 0.1} | LENGTH,
     "GRPO, refilled": {"algorithm": "GRPO", "steps_per_rollout": 2, "epochs": 2, "dynamic_sampling": 2} | LENGTH,
     "OPD": {"algorithm": "OPD", "teacher": "embedded:qwen2_5_vl-small"} | ROLLOUT,
+    # Checkpoints of the projector alone, features from a store.
+    "SFT, adapter only": {"algorithm": "SFT", "adapter_only": True, "vision_cache": True},
     "SFT-C, lazy": {"algorithm": "SFTC", "threshold": 4.3, "lazy": 2, "negative_fraction": 0.7},
 }
 
