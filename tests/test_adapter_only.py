@@ -6,6 +6,8 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint import FileSystemReader
+from transformers import AutoModelForImageTextToText
 
 from lightning_vlm import algorithms
 from lightning_vlm.cli.main import main
@@ -116,6 +118,29 @@ def test_checkpoints_hold_the_projector_and_become_model_directories(place, capf
     for name, tensor in start.items():
         assert torch.equal(model[name], exported[name])
         assert torch.equal(model[name], tensor) == ("projector" not in name)
+
+
+def test_a_sharded_runs_checkpoint_holds_the_projector_and_becomes_a_model_directory(tmp_path, capfd):
+    spec = {
+        "name": "sharded",
+        "model": "embedded:qwen2_5_vl-tiny",
+        "world": {"size": 8},
+        "strategy": "fsdp2",
+        "steps": 2,
+    }
+    spec |= {"dtype": "float32", "batch_size": 4, "checkpoint": True, "run_dir": str(tmp_path / "run")}
+    spec["settings"] = {"lr": 1e-2, "adapter_only": True}
+    done = run_scenarios([spec], tmp_path / "runs", processes=2)
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "run" / "checkpoints").glob("*.ckpt")
+    names = {
+        name for name in FileSystemReader(folder).read_metadata().state_dict_metadata if "state_dict.policy" in name
+    }
+    assert names and all("visual.merger" in name for name in names)
+    assert main(["export", str(folder), "--out", str(tmp_path / "model")]) == 0
+    exported = AutoModelForImageTextToText.from_pretrained(tmp_path / "model")
+    for name, weight in torch.load(tmp_path / "runs" / "records.pt")["sharded"]["weights"].items():
+        assert torch.equal(weight, exported.get_parameter(name))
 
 
 def test_stopped_and_resumed_is_the_whole_run(place, capfd):
