@@ -71,6 +71,18 @@ def test_two_steps_with_a_server(server, lora, tmp_path):
     assert 0 < record["metrics"]["train/correction"] <= 2.0
 
 
+def test_an_adapter_only_run_sends_what_is_frozen_once(server, tmp_path, monkeypatch):
+    sent, sync = [], ServerEngine.sync
+    taken = lambda named: [sent[-1].append(name) or (name, tensor) for name, tensor in named]  # noqa: E731
+    monkeypatch.setattr(ServerEngine, "sync", lambda own, named: sent.append([]) or sync(own, taken(named)))
+    run(spec(tmp_path, server, max_gap=100.0, adapter_only=True), 1)
+    whole, moved = map(set, sent)
+    plain = load_model(Backbone(path=MODEL)).state_dict()
+    assert {name for name in plain if "lm_head" not in name} <= whole
+    assert moved == {name for name in plain if "visual.merger" in name}
+    assert {name for name, tensor in server.weights.items() if not torch.equal(tensor, plain[name])} <= moved
+
+
 def test_a_server_that_draws_from_another_model_stops_the_run(server, tmp_path):
     with pytest.raises(ValueError, match="engine and trainer differ by"):
         run(spec(tmp_path, server), 1)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lightning_vlm.export.directory import full_state_dict
+from lightning_vlm.models.adapters import trained_tensors
 from lightning_vlm.models.batch import Row
 from lightning_vlm.models.policy import Policy
 from lightning_vlm.rollouts import Completion, PolicyEngine, Sampling, ServerEngine
@@ -32,6 +33,7 @@ class Generation:
         self.module, self.batch_size, self.dtype, self.server = module, batch_size, dtype, server
         self._copy: Policy | None = None
         self._remote: ServerEngine | None = None
+        self._sent = False  # whether the server has the weights of a rollout before this
 
     @property
     def exact(self) -> bool:
@@ -71,9 +73,14 @@ class Generation:
         return engine.generate(rows, n=n, sampling=sampling, keys=keys)
 
     def _send(self, remote: ServerEngine) -> None:
-        """The present weights to the server, by the first rank; tied ones once."""
+        """The present weights to the server, by the first rank; tied ones once, those of an adapter-only run's frozen
+        parts the first time alone.
+        """
         module = self.module
-        state = full_state_dict(module.policy.model)  # gathers, so every rank takes part
+        # Either gathers, so every rank takes part.
+        moved = self._sent and module.adapter_only
+        state = trained_tensors(module.policy) if moved else full_state_dict(module.policy.model)
+        self._sent = True
         if module.trainer.is_global_zero:
             own = {id(tensor): (name, tensor) for name, tensor in reversed(state.items())}
             remote.sync((name, tensor.to(module.device)) for name, tensor in reversed(own.values()))
