@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tools.r1v_study import METRICS, ROWS, Recipe, Steps, cell, folders, run_forked, scores, table
+from tools.commands import run_forked
+from tools.r1v_study import METRICS, ROWS, Recipe, Steps, cell, folders, scores, table
 
 
 def option(words: list[str], name: str) -> str | None:

@@ -13,15 +13,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import statistics
-import sys
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from lightning_vlm.metrics.statistics import mean_interval
+from tools.commands import Runner, run_forked
 
 FAMILIES = ("count", "bars", "angle", "perimeter")
 THRESHOLDS = (2, 3, 4, 5)  # τ of the rounds
@@ -45,7 +43,6 @@ METRICS = {
     **{name: ("test", f"family/{name}") for name in FAMILIES},
     "out of domain": ("ood", "accuracy"),
 }
-Runner = Callable[[list[str], Path], int]
 
 
 @dataclass(frozen=True)
@@ -68,28 +65,6 @@ class Steps:
     stage_1: int = 60
     round: int = 30
     grpo: int = 30
-
-
-def run_forked(words: list[str], log: Path) -> int:
-    """Print a lightning-vlm command, run it in a fork of this process, its output appended to `log`; the exit code."""
-    print(f"$ lightning-vlm {shlex.join(words)}", flush=True)
-    log.parent.mkdir(parents=True, exist_ok=True)
-    child = os.fork()
-    if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    code = 1
-    try:
-        sys.stdout = sys.stderr = out = log.open("a", buffering=1)
-        os.dup2(out.fileno(), 1)  # what libraries write themselves
-        os.dup2(out.fileno(), 2)
-        from lightning_vlm.cli.main import main as lightning_vlm
-
-        code = lightning_vlm(words)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        os._exit(code)  # nothing of the parent's may run here
 
 
 class Recipe:
