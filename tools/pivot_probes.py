@@ -100,8 +100,6 @@ def draw_maps(files: dict[str, Path], out: Path, *, seed: int = 0) -> None:
             if row == 0:
                 ax.set_title(["image", "asked about", *maps][column], fontsize=8)
         question = " ".join(p.get("text", "") for p in sample.prompt()[-1]["content"]).strip()
-        axes[row, 0].text(0, 1.02, "" if row == 0 else question, transform=axes[row, 0].transAxes, fontsize=6)
-        if row == 0:
-            axes[0, 0].text(0, -0.12, question, transform=axes[0, 0].transAxes, fontsize=6)
+        axes[row, 0].text(0, -0.12, question, transform=axes[row, 0].transAxes, fontsize=6)
     figure.suptitle(f"gradient maps, seed {seed}", fontsize=9)
     figure.savefig(out, dpi=80)

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tools.commands import Runner, run_forked
-from tools.pivot_probes import probe_cell
-from tools.pivot_report import Results, report
+from tools.pivot_probes import draw_maps, probe_cell
+from tools.pivot_report import Results, draw_gaps, report
 
 TRIPLES = 640  # amount 1
 KINDS_OF_NEW = 3  # sources of data/world-pivot-new
@@ -215,6 +215,16 @@ class Recipe:
         self.call(done, where.with_name(f"{where.name}.log"), *words, "--run_dir", where, "--backbone.path", model)
 
 
+def draw(results: Results, root: Path) -> None:
+    """gaps.png, and maps.png: gradient maps before and after each arm at the centre, of the first seed there is."""
+    if results.pairs("new model"):
+        draw_gaps(results, root / "gaps.png")
+    cells = {"untouched": Cell("untouched"), "SFT": Cell("sft", *CENTRE), "DPO": Cell("dpo", *CENTRE)}
+    if seeds := results.seeds("probes", *(cell.name for cell in cells.values())):
+        files = {title: root / f"seed-{seeds[0]}" / cell.name / "probes.json" for title, cell in cells.items()}
+        draw_maps(files, root / "maps.png", seed=seeds[0])
+
+
 def preload() -> None:
     """Import what every stage needs, so that the forks need not; one thread is fastest for models this small."""
     os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
@@ -246,7 +256,9 @@ def main() -> None:
         for cell in cells:  # every seed of a cell before the next one: what is there has its intervals
             for seed in args.seeds if not args.cells or cell.name in args.cells else ():
                 recipe.cell(cell, seed)
-    print(report(Results(args.run_dir, cells, args.seeds)))
+    results = Results(args.run_dir, cells, args.seeds)
+    print(report(results))
+    draw(results, args.run_dir)
 
 
 if __name__ == "__main__":
