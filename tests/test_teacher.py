@@ -17,7 +17,7 @@ from lightning_vlm.algorithms.teacher import TEACHER_ROW, Teacher, check_same_to
 from lightning_vlm.data.encode import Encoder
 from lightning_vlm.data.world import WorldSource
 from lightning_vlm.losses.distillation import distill
-from lightning_vlm.models.adapters import save_adapter
+from lightning_vlm.models.adapters import save_adapter, trained_tensors
 from lightning_vlm.models.batch import Row
 from lightning_vlm.models.collate import collate
 from lightning_vlm.models.families import family_of
@@ -175,7 +175,7 @@ def test_it_starts_from_an_adapter_with_the_settings_in_the_file(tmp_path):
         for parameter in trained.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.05)
-    save_adapter(tmp_path / "adapter.safetensors", trained, parts)
+    save_adapter(tmp_path / "adapter.safetensors", trained, trained_tensors(trained), parts)
     module = student()
     batch = batch_of(module, rows_of(module))
     with torch.no_grad():
