@@ -241,20 +241,18 @@ def write_vlm(
         ValueError: no room on the disk, or a processor that cannot be loaded again.
         OSError: writing failed; nothing is left behind.
     """
-    pieces = {name: piece.to(dtype) for name, piece in pieces.items()}
-    check_space(out, pieces)
-    with whole_directory(out) as temporary:
-        whole = planned.config
-        # One dtype for all in memory: a tower and a projector of different ones cannot be joined by the VLM classes.
-        whole.dtype = whole.vision_config.dtype = whole.text_config.dtype = dtype or weights_dtype
-        planned.config.save_pretrained(temporary)
-        save_text(temporary)
+    config = planned.config
+    # One dtype for all in memory: a tower and a projector of different ones cannot be joined by the VLM classes.
+    config.dtype = config.vision_config.dtype = config.text_config.dtype = dtype or weights_dtype
+
+    def save(folder: Path) -> None:
+        save_text(folder)
         for file, values in (("preprocessor_config", planned.images), ("processor_config", planned.processor)):
-            (temporary / f"{file}.json").write_text(json.dumps(values, indent=2) + "\n")
-        processor = load_processor(Backbone(path=str(temporary)))
-        if processor.image_token_id != planned.config.image_token_id:
-            raise AssertionError(f"placeholder {processor.image_token_id}, config {planned.config.image_token_id}")
-        if not cuts_alike(processor.tokenizer, load_tokenizer(temporary)):
+            (folder / f"{file}.json").write_text(json.dumps(values, indent=2) + "\n")
+        processor = load_processor(Backbone(path=str(folder)))
+        if processor.image_token_id != config.image_token_id:
+            raise AssertionError(f"placeholder {processor.image_token_id}, config {config.image_token_id}")
+        if not cuts_alike(processor.tokenizer, load_tokenizer(folder)):
             raise ValueError(
                 f"transformers reads the tokenizer of {out} as a {type(processor.tokenizer).__name__}, "
                 "which cuts text otherwise than its tokenizer.json: give a directory of the language model's own files"
@@ -262,8 +260,38 @@ def write_vlm(
         before = generation.eos_token_id
         before = set(before if isinstance(before, list) else [] if before is None else [before])
         generation.eos_token_id = sorted(before | processor.eos_ids)
-        generation.pad_token_id = planned.config.pad_token_id
-        generation.save_pretrained(temporary)
+        generation.pad_token_id = config.pad_token_id
+        generation.save_pretrained(folder)
+
+    pieces = {name: piece.to(dtype) for name, piece in pieces.items()}
+    return write_directory(out, config, pieces, save=save, provenance=provenance, max_shard_size=max_shard_size)
+
+
+def write_directory(
+    out: Path,
+    config: PreTrainedConfig,
+    pieces: dict[str, Piece],
+    *,
+    save: Callable[[Path], None],
+    provenance: dict[str, Any],
+    max_shard_size: int,
+) -> Path:
+    """Write a model directory, whole or not at all.
+
+    Args:
+        out: directory to make. config: of the model. pieces: its tensors under the names they are stored by.
+        save: writes everything else into a directory; `provenance` is read after it.
+        provenance: of `origin`; the hash of the weights is added.
+        max_shard_size: bytes of one weight file.
+
+    Raises:
+        ValueError: no room on the disk, or what `save` refuses.
+        OSError: writing failed; nothing is left behind.
+    """
+    check_space(out, pieces)
+    with whole_directory(out) as temporary:
+        config.save_pretrained(temporary)
+        save(temporary)
         write_weights(pieces, temporary, max_shard_size=max_shard_size)
         facts = {**provenance, "hash": weights_hash(temporary)}
         (temporary / PROVENANCE_FILE).write_text(json.dumps(facts, indent=2) + "\n")

@@ -11,9 +11,10 @@ import torch
 from transformers import PreTrainedConfig
 
 from lightning_vlm.compose.internvit import ORIGINAL, converted, internvit_config
-from lightning_vlm.compose.shells import Shapes, load_config, model_directory, read_json, spellings
+from lightning_vlm.compose.shells import Shapes, load_config, model_directory, spellings
 from lightning_vlm.compose.weights import Found, Piece, check_whole, find_part, read_weights
 from lightning_vlm.export.provenance import recorded
+from lightning_vlm.models.processor import read_json
 
 MERGER = "merger."  # Qwen2.5-VL keeps its projector inside the tower
 

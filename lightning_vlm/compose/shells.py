@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +10,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, PreTrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 
+from lightning_vlm.models.processor import read_json
+
 Shapes = dict[str, tuple[int, ...]]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A file's content, {} where there is none.
-
-    Raises:
-        ValueError: no JSON.
-    """
-    if not path.is_file():
-        return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no valid JSON: {error}") from error
 
 
 def model_directory(path: str | Path, role: str) -> tuple[Path, dict[str, Any]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, PreTrainedConfig
 
-from lightning_vlm.compose.assemble import origin
+from lightning_vlm.compose.assemble import origin, write_directory
 from lightning_vlm.compose.checks import check_common
 from lightning_vlm.compose.encoder import norm_pieces
 from lightning_vlm.compose.language import as_causal, causal_class, generation_config
@@ -17,9 +17,7 @@ from lightning_vlm.compose.shells import copied, meta_model
 from lightning_vlm.compose.template import unwrap
 from lightning_vlm.compose.tokens import Text, cuts_alike, load_tokenizer, template_of
 from lightning_vlm.compose.vlm import projector_path, read_vlm
-from lightning_vlm.compose.weights import Piece, check_space, write_weights
-from lightning_vlm.export.directory import whole_directory
-from lightning_vlm.export.provenance import PROVENANCE_FILE, weights_hash
+from lightning_vlm.compose.weights import Piece
 
 
 def take_encoder(vlm: str | Path, *, out: str | Path, dtype: str | None = None, max_shard_size: str = "4GB") -> Path:
@@ -90,12 +88,5 @@ def _write(
     shard: int,
 ) -> Path:
     pieces = {name: piece.to(dtype) for name, piece in pieces.items()}
-    check_space(out, pieces)
-    with whole_directory(out) as temporary:
-        config.dtype = next(iter(pieces.values())).dtype
-        config.save_pretrained(temporary)
-        save(temporary)
-        write_weights(pieces, temporary, max_shard_size=shard)
-        facts = {**facts, "hash": weights_hash(temporary)}
-        (temporary / PROVENANCE_FILE).write_text(json.dumps(facts, indent=2) + "\n")
-    return out
+    config.dtype = next(iter(pieces.values())).dtype
+    return write_directory(out, config, pieces, save=save, provenance=facts, max_shard_size=shard)

@@ -13,9 +13,10 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lightning_vlm.compose.language import EMBEDDING, Language, generation_config
-from lightning_vlm.compose.shells import copied, read_json
+from lightning_vlm.compose.shells import copied
 from lightning_vlm.compose.template import own_template, unwrap, wrap, writes_images
 from lightning_vlm.compose.weights import Piece
+from lightning_vlm.models.processor import read_json
 
 # Names a tokenizer may have for each role, the form's own first; the first of them is added where there is none.
 _IMAGE = ("<image>", "<IMG_CONTEXT>", "<|image_pad|>")

@@ -217,10 +217,9 @@ def _check(part: str, parts: Mapping[str, PartPolicy], owned: Mapping[str, list]
         near = get_close_matches(part, PARTS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"parts are {', '.join(PARTS)}"
         raise ValueError(f"unknown part {part!r} in parts: {hint}")
-    tied = part == "head" and part not in owned
-    if tied and policy == PartPolicy(freeze=True) and parts.get("language", PartPolicy()).freeze:
-        return  # frozen with the embeddings
-    if tied:
+    if part not in owned:
+        if part == "head" and policy == PartPolicy(freeze=True) and parts.get("language", PartPolicy()).freeze:
+            return  # frozen with the embeddings
         raise ValueError(f"parts.{part} cannot be set: the head is tied to the embeddings, which belong to language")
     defaults = PartPolicy()
     if policy.freeze:

@@ -253,7 +253,7 @@ def load_processor(backbone: Backbone) -> Processor:
     if backbone.embedded is not None:
         return _embedded(backbone)
     source = _directory(backbone.path)
-    settings = _json(source / "processor_config.json")
+    settings = read_json(source / "processor_config.json")
     name = _class_name(source, settings)
     if not any((source / file).is_file() for file in _VOCABULARIES):
         raise ValueError(f"{source} has no tokenizer ({', '.join(_VOCABULARIES)}): copy the model's own")
@@ -272,7 +272,7 @@ def load_processor(backbone: Backbone) -> Processor:
     own = inspect.signature(cls.__init__).parameters.keys() - {*cls.get_attributes(), *_PARTS}
     extra = {key: value for key, value in settings.items() if key in own}
     hf = build_processor(name, tokenizer=tokenizer, image_processor=image_processor, chat_template=template, **extra)
-    eos = _json(source / "generation_config.json").get("eos_token_id")
+    eos = read_json(source / "generation_config.json").get("eos_token_id")
     eos_ids = set(eos if isinstance(eos, list) else [] if eos is None else [eos])
     return Processor(hf, eos_ids=eos_ids, backbone=backbone, source=source)
 
@@ -320,8 +320,8 @@ def _directory(path: str) -> Path:
         ) from error
 
 
-def _json(path: Path) -> dict[str, Any]:
-    """The file's contents, {} where there is no such file."""
+def read_json(path: Path) -> dict[str, Any]:
+    """The file's contents, {} where there is no such file; a ValueError where they are no JSON."""
     if not path.is_file():
         return {}
     try:
@@ -332,12 +332,12 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _class_name(source: Path, settings: dict[str, Any]) -> str:
     """The processor class a directory names, or the one of its model type."""
-    for values in (settings, *(_json(source / f) for f in ("preprocessor_config.json", "tokenizer_config.json"))):
+    for values in (settings, *(read_json(source / f) for f in ("preprocessor_config.json", "tokenizer_config.json"))):
         if values.get("processor_class"):
             return values["processor_class"]
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
-    kind = _json(source / "config.json").get("model_type")
+    kind = read_json(source / "config.json").get("model_type")
     if kind in PROCESSOR_MAPPING_NAMES:
         return PROCESSOR_MAPPING_NAMES[kind]
     check_path(str(source))
@@ -356,7 +356,7 @@ def load_image_processor(source: Path, settings: dict[str, Any], bounds: dict[st
     `settings` are those of processor_config.json, which may hold the image processor's own; `bounds` are `min_pixels`
     and `max_pixels` in place of these. ValueError: a class that transformers lacks, or one without bounds.
     """
-    values = _json(source / "preprocessor_config.json") or settings["image_processor"]
+    values = read_json(source / "preprocessor_config.json") or settings["image_processor"]
     kind = values.get("image_processor_type") or values.get("feature_extractor_type") or ""
     kind = kind.replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast").removesuffix("Pil")
     cls = getattr(transformers, f"{kind}Pil", None) or getattr(transformers, kind or "-", None)
@@ -388,7 +388,7 @@ def _override(backbone: Any) -> str | None:
 def _template(source: Path, settings: dict[str, Any], tokenizer: Any) -> str:
     """A directory's chat template, looked for where and in the order transformers does."""
     jinja = source / "chat_template.jinja"
-    template = _json(source / "chat_template.json").get("chat_template")
+    template = read_json(source / "chat_template.json").get("chat_template")
     template = (
         template or settings.get("chat_template") or (jinja.read_text(encoding="utf-8") if jinja.is_file() else None)
     )
