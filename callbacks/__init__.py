@@ -11,6 +11,7 @@ _HOME = {
     "Benchmarks": "callbacks.benchmarks",
     "Checkpoint": "callbacks.checkpoint",
     "CocoCaptions": "callbacks.named_benchmarks",
+    "Costs": "callbacks.costs",
     "DeltaLogprobStop": "callbacks.alarms",
     "EntropyCollapse": "callbacks.entropy_collapse",
     "EntropyFloor": "callbacks.alarms",

@@ -42,12 +42,12 @@ class Benchmarks(Evaluations):
     """Any number of named benchmarks, each logged as `val/<name>/…` at its own interval.
 
     Args:
-        benchmarks: name → what it is.
+        benchmarks: name → what it is; null removes one that another file configured.
     """
 
-    def __init__(self, *, benchmarks: dict[str, BenchmarkSpec]) -> None:
+    def __init__(self, *, benchmarks: dict[str, BenchmarkSpec | None]) -> None:
         super().__init__()
-        self.specs = benchmarks
+        self.specs = {name: spec for name, spec in benchmarks.items() if spec is not None}
 
     def open(self) -> list[Evaluation]:
         """The benchmarks of the specs."""

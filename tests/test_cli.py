@@ -333,7 +333,7 @@ def test_every_experiment_is_complete_and_says_what_it_is(name, monkeypatch):
 
 def checked(names: list[str]) -> None:
     from lightning_vlm.cli import app
-    from lightning_vlm.cli.files import load
+    from lightning_vlm.config.files import load
 
     config = load(names)
     classes = app.resolve_classes(config)

@@ -232,6 +232,10 @@ def test_numbers_as_they_are_read():
     assert Unit.points.numbers(0.032, -0.0041) == ["3.2", "−0.4"]
     assert Unit.points.numbers(0.0003, 0.2) == ["0.03", "20.00"]  # not 0.0, which it is not
     assert Unit.points.interval(math.nan, math.nan) == "–" and Unit.plain.interval(-1.25, 3) == "[−1.250, 3.000]"
+    shown = [Unit.of("nats", 1, [value]).numbers(value)[0] for value in (0.1234, 1.2345, 12.342, 1234.6, 0.00021)]
+    assert shown == ["0.123", "1.234", "12.34", "1235", "0.000210"]
+    assert Unit.of("points", 100, [0.5]).numbers(0.123, -0.05) == ["12.3", "−5.0"] and Unit.of("", 1, []) == Unit.plain
+    assert (Unit.points.of_scores, Unit.changes.of_scores, Unit.plain.of_scores) == (", %", ", points", "")
     assert [p_value(p) for p in (1, 0.52, 0.0213, 0.0004, math.nan)] == ["1", ".52", ".021", "< .001", "–"]
     assert p_value(0.0501) == ".0501" and p_value(0.05) == ".050" and p_value(0.999) == "1.00"
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from lightning_vlm.cli.config import Config
-from lightning_vlm.cli.files import load, parse_yaml
+from lightning_vlm.config.files import load, parse_yaml
+from lightning_vlm.config.tree import Config
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from PIL import Image
 
 import tools.pivot_probes
 import tools.pivot_study
-from lightning_vlm.cli.files import load
+from lightning_vlm.config.files import load
 from tools.pivot_probes import PROBED
 from tools.pivot_report import (
     FAMILIES,

@@ -135,6 +135,7 @@ class Algorithm(EvaluationMixin, L.LightningModule):
         self.processor = None
         self.clock = self.clock_before = self.batches_done = 0
         self.last_step: dict[str, Any] = {}
+        self.seen: dict[str, float] = {}  # tokens and samples that losses saw since somebody last counted
         self.idle = False  # whether the step that was done last had nothing to learn from
         self._total_steps = 0
         self._evaluated: dict[str, int] = {}
@@ -339,6 +340,8 @@ class Algorithm(EvaluationMixin, L.LightningModule):
         metrics |= {f"train/grad_norm/{part}": value for part, value in norms.items()}
         metrics |= {f"train/lr/{part}": rate for part, rate in rates.items()}
         self.last_step = {**step.tokens(), "metrics": metrics}
+        for name, count in (("tokens", report["tokens"]), ("samples", report["rows"])):
+            self.seen[name] = self.seen.get(name, 0.0) + count
         self.log_dict(metrics, batch_size=1)
         self.log("step", float(self.clock), batch_size=1)
 

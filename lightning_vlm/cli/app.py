@@ -25,14 +25,15 @@ import callbacks
 from callbacks.checkpoint import SaveModel
 from callbacks.record import MLFLOW_RUN_FILE
 from lightning_vlm.cli import schema
-from lightning_vlm.cli.config import Config, nearest
 from lightning_vlm.cli.run_dir import checkpoint_to_load, choose_run_dir
+from lightning_vlm.config.tree import Config, nearest
 
 LOGGERS = {"MLFlow": "MLFlowLogger", "TensorBoard": "TensorBoardLogger", "WandB": "WandbLogger", "CSV": "CSVLogger"}
 EXPERIMENT = "lightning-vlm"
 ALWAYS = (
     "Progress",
     "RunRecord",
+    "Costs",
     "BadSamples",
     "EvaluationRecord",
     "SaveModel",
@@ -371,6 +372,7 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*custom batch sampler.*")
     warnings.filterwarnings("ignore", message=".*Total length of `list` across ranks is zero.*")  # nothing to validate
+    warnings.filterwarnings("ignore", message=".*srun. command is available.*")  # wherever SLURM is installed
     # Ours say by themselves where to go on.
     warnings.filterwarnings("ignore", message=".*resuming from a checkpoint that ended before the epoch ended.*")
     if not sys.stderr.isatty():

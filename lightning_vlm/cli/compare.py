@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 import textwrap
+from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from lightning_vlm.studies import Comparison
+    from lightning_vlm.studies import Comparison, Evaluation
 
 WIDTH = 120
 DESCRIPTION = """\
@@ -24,9 +27,15 @@ Compare runs by their per-example files: is one better, by how much, and how sur
 
 An input is a per-example file (one JSON object per line with at least `id` and `score`), a folder that holds one as
 per_example.jsonl, or a run folder: then the last evaluation of --benchmark is taken. Higher scores are better.
+  mlflow:NAME  a run, an experiment or a study by name or id, in $MLFLOW_TRACKING_URI or sqlite:///mlflow.db. Files come
+               from the run's folder, else from its artifacts.
+  study:DIR    a study by its folder.
+An experiment or a study stands for all its runs that were evaluated on --benchmark; where several stages of a study
+evaluate it, --stage says which. A study's arms are its own.
 
 An arm is one recipe; its files come from different training seeds. Both are known from the conditions.json beside a
-file or said by --arms and --seeds; where neither tells an arm, every file is an arm of its own.
+file or said by --arms (one per input, or one per file) and --seeds (one per file); where neither tells an arm, every
+file is an arm of its own.
   one seed each      two checkpoints: compared problem by problem (McNemar's exact test for scores of 0 and 1, else
                      paired bootstrap). Says nothing about the recipes behind them.
   several seeds each two recipes: compared over the seeds' means (Welch's t; paired t where each seed's runs start
@@ -37,19 +46,21 @@ EXAMPLES = """\
 examples:
   lightning-vlm compare runs/dpo runs/cw-dpo --benchmark geometry3k
   lightning-vlm compare runs/dpo-0 runs/dpo-1 runs/cw-0 runs/cw-1 --arms dpo dpo cw-dpo cw-dpo --seeds 0 1 0 1
-  lightning-vlm compare sft.jsonl rl.jsonl --metric pass@8 --out comparison.json"""
+  lightning-vlm compare sft.jsonl rl.jsonl --metric pass@8 --out comparison.json
+  lightning-vlm compare mlflow:warm-start --stage after --benchmark sampled
+  lightning-vlm compare mlflow:dpo-lr-search mlflow:cw-dpo-lr-search --arms dpo cw-dpo"""
 
 
 def main(command: str, argv: list[str]) -> int:
     """Read the files, print tables and verdicts, write the JSON."""
     args = _parser(command).parse_args(argv)
 
-    from lightning_vlm.studies import compare, find_file, group, read_evaluation
+    from lightning_vlm.studies import compare, group
 
-    where = dict(_key_value(given) for given in args.where)
-    evaluations = [read_evaluation(find_file(given, args.benchmark), where) for given in args.inputs]
+    with tempfile.TemporaryDirectory(prefix="lvlm-compare-") as fetched:
+        evaluations, arms = _read(args, Path(fetched))
     result = compare(
-        group(evaluations, args.arms, args.seeds),
+        group(evaluations, arms, args.seeds),
         metric=args.metric,
         pairing=args.pairing,
         common=args.common,
@@ -63,6 +74,29 @@ def main(command: str, argv: list[str]) -> int:
     if args.out:
         print(f"comparison: {args.out}")
     return 0
+
+
+def _read(args: Namespace, fetched: Path) -> tuple[list[Evaluation], list[str]]:
+    """All evaluations of all inputs, and the arms said for them.
+
+    Args:
+        args: of the command line. fetched: a folder for what comes from MLflow.
+    """
+    from lightning_vlm.studies import read_evaluation
+    from lightning_vlm.studies.tracking import resolve
+
+    where = dict(_key_value(given) for given in args.where)
+    found = [resolve(given, fetched, benchmark=args.benchmark, stage=args.stage) for given in args.inputs]
+    if args.stage is not None and not any(file.arm is not None for files in found for file in files):
+        raise ValueError(f"--stage {args.stage}: no input is a study; leave it out")
+    arms = list(args.arms)
+    if len(arms) == len(found):
+        arms = [arm for arm, files in zip(arms, found, strict=True) for _ in files]
+    evaluations = []
+    for file in (file for files in found for file in files):
+        known = {key: value for key, value in (("arm", file.arm), ("seed", file.seed)) if value is not None}
+        evaluations.append(replace(read_evaluation(file.path, where), **known))
+    return evaluations, arms
 
 
 def _key_value(given: str) -> tuple[str, str]:
@@ -80,10 +114,16 @@ def _parser(command: str) -> Parser:
         epilog=EXAMPLES,
     )
     add = parser.add_argument
-    add("inputs", nargs="+", metavar="INPUT", help="per-example file, folder with one, or run folder")
-    add("--arms", nargs="+", default=[], metavar="NAME", help="arm of each input, in order")
-    add("--seeds", nargs="+", default=[], type=int, metavar="N", help="training seed of each input, in order")
+    add(
+        "inputs",
+        nargs="+",
+        metavar="INPUT",
+        help="per-example file, folder with one, run folder, mlflow:NAME, study:DIR",
+    )
+    add("--arms", nargs="+", default=[], metavar="NAME", help="arm of each input or file, in order")
+    add("--seeds", nargs="+", default=[], type=int, metavar="N", help="training seed of each file, in order")
     add("--benchmark", metavar="NAME", help="of run folders (default: the only one there is)")
+    add("--stage", metavar="NAME", help="of studies (default: the only one that evaluates the benchmark)")
     add("--where", nargs="+", default=[], metavar="KEY=VALUE", help="only examples of these groups: task=counting")
     add("--metric", default="score", help="score (default): mean over the draws of a problem; or pass@K")
     pairing = parser.add_mutually_exclusive_group()

@@ -106,8 +106,8 @@ def _names(command: str) -> list[str]:
 
 
 def _from_yaml(file: Path, names: list[str]) -> dict[str, Any]:
-    from lightning_vlm.cli.config import nearest
-    from lightning_vlm.cli.files import find_config, parse_yaml
+    from lightning_vlm.config.files import find_config, parse_yaml
+    from lightning_vlm.config.tree import nearest
 
     tree, _ = parse_yaml(find_config(str(file)).read_text(), str(file))
     if not isinstance(tree, dict):

@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import Logger
 
 from lightning_vlm.cli import schema
 from lightning_vlm.cli.app import LOGGERS
-from lightning_vlm.cli.config import Config
+from lightning_vlm.config.tree import Config
 
 GROUPS = {
     "model": ("lightning_vlm.algorithms", LightningModule),

@@ -13,7 +13,7 @@ import traceback
 from pathlib import Path
 
 from lightning_vlm._version import __version__
-from lightning_vlm.cli.config import nearest
+from lightning_vlm.config.tree import nearest
 
 COMMANDS = {
     "fit": ("lightning_vlm.cli.stage", "train: -c FILE [--key value ...] [--run_dir DIR] [--resume]"),
@@ -54,6 +54,10 @@ COMMANDS = {
     "influence": (
         "lightning_vlm.cli.influence",
         "what a step on one sample does to other texts, for small models: DIR --train FILE --probe FILE",
+    ),
+    "study": (
+        "lightning_vlm.cli.study",
+        "stages, arms and seeds as one resumable object, with a report: run|status|report|check|clean FILE",
     ),
     "overlap": (
         "lightning_vlm.cli.overlap",

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_vlm.cli import schema
 from lightning_vlm.cli.arguments import Parser
-from lightning_vlm.cli.config import Config, KeyPath
-from lightning_vlm.cli.files import TOP_LEVEL, find_config, load, parse_yaml
+from lightning_vlm.config.files import TOP_LEVEL, find_config, load, parse_yaml
+from lightning_vlm.config.tree import Config, KeyPath
 from lightning_vlm.data import pages
 from lightning_vlm.data.schema import BadSample, Sample
 from lightning_vlm.data.sources import KINDS, SourceSpec, open_source

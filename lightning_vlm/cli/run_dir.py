@@ -11,7 +11,7 @@ from typing import Any
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from callbacks.checkpoint import last_checkpoint
-from lightning_vlm.cli.config import Config
+from lightning_vlm.config.tree import Config
 from lightning_vlm.export import check_checkpoint
 
 

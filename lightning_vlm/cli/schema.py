@@ -11,7 +11,7 @@ import types
 import typing
 from typing import Any
 
-from lightning_vlm.cli.config import Config, KeyPath, dotted, nearest
+from lightning_vlm.config.tree import Config, KeyPath, dotted, nearest
 
 _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 

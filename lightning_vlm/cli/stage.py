@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lightning_vlm.cli.config import Config, nearest_only
-from lightning_vlm.cli.files import REPOSITORY_CONFIGS, TOP_LEVEL, load, parse_yaml
+from lightning_vlm.config.files import REPOSITORY_CONFIGS, TOP_LEVEL, load, parse_yaml
+from lightning_vlm.config.tree import Config, nearest_only
 
 OPTIONS = {
     "fit": {"resume": "[CKPT]   go on from the last checkpoint in --run_dir, or from CKPT"},

@@ -1,184 +1,31 @@
-"""Compares arms by their per-example files: a test for every pair, and what may be said by it.
+"""Compares arms by their per-example files, or by one number per run: a test for every pair, and what it allows to say.
 
 Two arms with one training seed each are two checkpoints: the test is over problems. Two arms with several seeds each
-are two recipes: the test is over seed means. One seed against several is refused. Higher scores are better.
+are two recipes: the test is over seed means. One seed against several is refused, and so is one seed without problems.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations
+from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
+from lightning_vlm.config.tree import nearest
 from lightning_vlm.metrics import statistics
 from lightning_vlm.metrics.pass_at_k import pass_at_k
-from lightning_vlm.metrics.statistics import DRAWS, Difference, McNemar
+from lightning_vlm.metrics.statistics import DRAWS, Difference
+from lightning_vlm.studies.comparison import LEVEL, POWER, Arm, Comparison, Higher, Pair, Pairing
 from lightning_vlm.studies.per_example import Evaluation, Run, check_conditions, common_ids
-from lightning_vlm.studies.wording import Unit, notes_on, sentence
+from lightning_vlm.studies.wording import Unit, sentence, short
 
-LEVEL = 0.95
-POWER = 0.8
-Pairing = Literal["auto", "paired", "unpaired"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Arm:
-    """A recipe, or the one checkpoint there is of it.
-
-    Attributes:
-        name: of the arm. runs: one per training seed, in the order given.
-        values: [seeds, problems] the metric per problem.
-        mean: over problems and seeds. low, high: its interval, over problems if there is one seed, else over seeds; NaN
-            where the seeds have no spread.
-        seed_sd: standard deviation of the seed means; NaN for one seed.
-    """
-
-    name: str
-    runs: list[Run]
-    values: np.ndarray = field(repr=False)
-    mean: float
-    low: float
-    high: float
-    seed_sd: float
-
-    @property
-    def single(self) -> bool:
-        """Whether there is only one training seed."""
-        return len(self.runs) == 1
-
-    @property
-    def seed_means(self) -> np.ndarray:
-        """[seeds] mean over problems."""
-        return self.values.mean(axis=1)
-
-    @property
-    def seeds(self) -> list[int | None]:
-        """The training seeds; None where unknown."""
-        return [run.seed for run in self.runs]
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain facts."""
-        return {
-            "name": self.name,
-            "files": [str(run.evaluation.path) for run in self.runs],
-            "seeds": self.seeds,
-            "starts": [run.evaluation.start for run in self.runs],
-            "steps": [run.evaluation.step for run in self.runs],
-            "seed_means": self.seed_means.tolist(),
-            "mean": self.mean,
-            "low": self.low,
-            "high": self.high,
-            "interval_over": "problems" if self.single else "seeds",
-            "seed_sd": self.seed_sd,
-        }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pair:
-    """What a pair of arms shows.
-
-    Attributes:
-        a: name of an arm. b: name of the other.
-        about: what the test speaks of.
-        test: its name; None where none was made. reason: why this one, or why none.
-        result: a − b, its interval and p; of checkpoints with 0/1 scores the interval is the bootstrap's and p
-            McNemar's. NaN where it does not exist.
-        mcnemar: problems that only one of two checkpoints solves; None for other scores.
-        p_adjusted: p after Holm over all pairs tested.
-        required: problems (checkpoints) or seeds per arm (recipes) at which a difference of this size would be found.
-        verdict: in one word. better: the better arm, if there is one. sentence: the verdict in words.
-    """
-
-    a: str
-    b: str
-    about: Literal["checkpoints", "recipes"] | None
-    test: str | None
-    reason: str
-    result: Difference
-    mcnemar: McNemar | None = None
-    p_adjusted: float = math.nan
-    required: int | None = None
-    verdict: Literal["better", "not distinguishable", "no verdict"] = "no verdict"
-    better: str | None = None
-    sentence: str = ""
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain facts."""
-        return {
-            "a": self.a,
-            "b": self.b,
-            "verdict": self.verdict,
-            "better": self.better,
-            "sentence": self.sentence,
-            "about": self.about,
-            "test": self.test,
-            "reason": self.reason,
-            **self.result._asdict(),
-            "p_adjusted": self.p_adjusted,
-            "mcnemar": self.mcnemar and self.mcnemar._asdict(),
-            "required": self.required,
-        }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """The result of a comparison; `to_json` has everything.
-
-    Attributes:
-        rules: grading rules. prompts: prompt ids. metric: `score` or `pass@K`. unit: how scores are shown.
-        problems: compared ones. left_out: ids that are not in all files.
-        alpha: of the verdicts. draws, seed: of the bootstrap. tested: pairs with a p, which Holm's adjustment is over.
-        arms: in the order given. pairs: each arm with all after it.
-        conditions: sentences on what differs between the files, or is unknown.
-    """
-
-    rules: tuple[str, ...]
-    prompts: tuple[str, ...]
-    metric: str
-    unit: Unit
-    problems: int
-    left_out: int
-    alpha: float
-    draws: int
-    seed: int
-    tested: int
-    arms: list[Arm]
-    pairs: list[Pair]
-    conditions: list[str]
-
-    @property
-    def notes(self) -> list[str]:
-        """What a reader must know to read the numbers."""
-        return [*notes_on(self), *self.conditions]
-
-    def to_json(self) -> dict[str, Any]:
-        """A plain dict: scores and differences in the files' own unit (fractions), NaN as None.
-
-        `p` is of the one pair, `p_adjusted` after Holm; intervals are not adjusted.
-        """
-        content = {
-            "rules": list(self.rules),
-            "prompts": list(self.prompts),
-            "metric": self.metric,
-            "unit": "fraction" if self.unit is Unit.points else "score",
-            "problems": self.problems,
-            "problems_left_out": self.left_out,
-            "level": LEVEL,
-            "alpha": self.alpha,
-            "power": POWER,
-            "pairs_tested": self.tested,
-            "bootstrap": {"draws": self.draws, "seed": self.seed},
-            "arms": [arm.to_json() for arm in self.arms],
-            "pairs": [pair.to_json() for pair in self.pairs],
-            "notes": self.notes,
-        }
-        return _without_nan(content)
+Pairs = Sequence[tuple[str, str]]
 
 
 def compare(
@@ -186,76 +33,192 @@ def compare(
     *,
     metric: str = "score",
     pairing: Pairing = "auto",
+    pairs: Pairs | None = None,
     common: bool = False,
     across: bool = False,
     alpha: float = 0.05,
     draws: int = DRAWS,
     seed: int = 0,
+    higher: Higher = "better",
+    unit: Unit | None = None,
+    flags: bool = True,
 ) -> Comparison:
-    """Compare every pair of arms.
+    """Compare arms problem by problem or, with several training seeds, seed mean by seed mean.
 
     Args:
-        runs: evaluations with arm and seed (`per_example.group`).
+        runs: evaluations with arm and seed (`per_example.group`). Where they have a `minus`, its metric is subtracted,
+            problem by problem.
         metric: `score`, the mean over draws, or `pass@K`.
         pairing: recipes by paired t or by Welch; `auto` pairs where both arms have the same seeds and each seed's runs
             start from the same model.
+        pairs: names of the arms to compare; only these are tested, and Holm's adjustment is over them. All by default.
         common: compare the ids that all files share. across: allow different prompts and sampling.
         alpha: Holm-adjusted level of the verdicts.
         draws: bootstrap draws. seed: of the draws.
+        higher: whether greater numbers are better.
+        unit: how scores are shown; by default as points where all of them lie between 0 and 1.
+        flags: whether errors may name the flags of `lightning-vlm compare`.
 
     Raises:
-        ValueError: fewer than two arms, an alpha outside (0, 1), an unknown metric, pass@K of other scores than 0 and 1
-            or of fewer than K draws, `paired` for arms of different seeds, or files that cannot be compared.
+        ValueError: fewer than two arms and no `pairs`, an alpha outside (0, 1), an unknown metric, pass@K of other
+            scores than 0 and 1 or of fewer than K draws, `paired` for arms of different seeds, pairs of unknown arms or
+            the same pair twice, or files that cannot be compared.
     """
+    evaluations = [run.evaluation for run in runs]
+    minus = [run.minus for run in runs if run.minus is not None]
+    names = list(dict.fromkeys(run.arm for run in runs))
+    if len(runs) < 2 and pairs is None:
+        raise ValueError(f"{len(runs)} input: give at least two to compare")
+    if len(names) < 2 and pairs is None:
+        raise ValueError(f"all inputs belong to arm '{names[0]}': nothing to compare; name arms by --arms")
+    conditions = check_conditions(evaluations, across=across, flags=flags)
+    check_conditions([*evaluations, *minus], across=across, flags=flags)
+    ids = common_ids([*evaluations, *minus], common=common, flags=flags)
+    if unit is None:
+        within = all(0 <= score <= 1 for e in [*evaluations, *minus] for name in ids for score in e.scores[name])
+        unit = (Unit.changes if minus else Unit.points) if within else Unit.plain
+    facts = {
+        "rules": evaluations[0].rules,
+        "prompts": tuple(sorted({prompt for e in evaluations for prompt in e.prompts})),
+        "problems": len(ids),
+        "left_out": len({name for e in evaluations for name in e.scores}) - len(ids),
+        "conditions": conditions,
+    }
+    arms = [
+        _arm(name, [run for run in runs if run.arm == name], ids, metric=metric, draws=draws, seed=seed)
+        for name in names
+    ]
+    asked = {"metric": metric, "unit": unit, "alpha": alpha, "higher": higher, "pairing": pairing}
+    return _compared(arms, pairs, draws=draws, seed=seed, **asked, **facts)
+
+
+def compare_values(
+    values: Mapping[str, Mapping[int | None, float]],
+    starts: Mapping[str, Mapping[int | None, str | None]] | None = None,
+    *,
+    metric: str,
+    unit: Unit = Unit.plain,
+    pairing: Pairing = "auto",
+    pairs: Pairs | None = None,
+    alpha: float = 0.05,
+    higher: Higher = "better",
+    files: Mapping[str, Mapping[int | None, Path]] | None = None,
+) -> Comparison:
+    """Compare arms by a number that exists once per training seed: a corpus metric, a point of a curve, a probe.
+
+    With several seeds the tests are those of `compare`; one seed gives no verdict, as there are no problems to judge
+    its spread by.
+
+    Args:
+        values: arm → training seed → number.
+        starts: arm → training seed → hash of the model that training started from, None where unknown.
+        metric: name of the number. unit: how it is shown.
+        pairing, pairs, alpha, higher: as `compare`.
+        files: arm → training seed → where the number is from.
+
+    Raises:
+        ValueError: as `compare`; an arm without numbers, or a number that is not finite.
+    """
+    starts, files = starts or {}, files or {}
+    if len(values) < 2 and pairs is None:
+        raise ValueError(f"{len(values)} arm: give at least two to compare")
+    arms = []
+    for name, by_seed in values.items():
+        for seed, value in by_seed.items():
+            if not math.isfinite(value):
+                raise ValueError(f"{metric} of arm '{name}', seed {seed} is {value}; only finite numbers compare")
+        runs = [
+            Run(name, seed, _of_run(files.get(name, {}).get(seed), name, seed, starts.get(name, {}).get(seed)))
+            for seed in by_seed
+        ]
+        arms.append(_arm_of(name, runs, np.array([[float(value)] for value in by_seed.values()]), whole=True))
+    asked = {"metric": metric, "unit": unit, "alpha": alpha, "higher": higher, "pairing": pairing}
+    return _compared(arms, pairs, problems=0, draws=DRAWS, seed=0, **asked)
+
+
+def difference(result: Comparison, a: str, b: str) -> Pair:
+    """a − b with its interval: the pair that was compared, or one outside the family, which gets no verdict.
+
+    Args:
+        result: a comparison. a: name of an arm of it. b: of another.
+    """
+    for pair in result.pairs:
+        if (pair.a, pair.b) == (a, b):
+            return pair
+    return _tested(result.arm(a), result.arm(b), result.pairing, result.draws, result.seed)
+
+
+def _compared(arms: list[Arm], pairs: Pairs | None, *, alpha: float, **facts: Any) -> Comparison:
     if not 0 < alpha < 1:
         raise ValueError(f"--alpha must lie between 0 and 1, got {alpha}")
-    evaluations = [run.evaluation for run in runs]
-    names = list(dict.fromkeys(run.arm for run in runs))
-    if len(runs) < 2:
-        raise ValueError(f"{len(runs)} input: give at least two to compare")
-    if len(names) < 2:
-        raise ValueError(f"all inputs belong to arm '{names[0]}': nothing to compare; name arms by --arms")
-    conditions = check_conditions(evaluations, across=across)
-    ids = common_ids(evaluations, common=common)
-    scores = [score for e in evaluations for name in ids for score in e.scores[name]]
-    arms = [_arm(name, [run for run in runs if run.arm == name], ids, metric, draws, seed) for name in names]
-
-    drafts = [_tested(a, b, pairing, draws, seed) for a, b in combinations(arms, 2)]
+    by_name = {arm.name: arm for arm in arms}
+    chosen = [(by_name[a], by_name[b]) for a, b in _chosen(list(by_name), pairs)]
+    drafts = [_tested(a, b, facts["pairing"], facts["draws"], facts["seed"]) for a, b in chosen]
     adjusted = statistics.holm([pair.result.p for pair in drafts])
     tested = sum(not math.isnan(p) for p in adjusted)
-    drafted = Comparison(
-        rules=evaluations[0].rules,
-        prompts=tuple(sorted({prompt for e in evaluations for prompt in e.prompts})),
-        metric=metric,
-        unit=Unit.points if all(0 <= score <= 1 for score in scores) else Unit.plain,
-        problems=len(ids),
-        left_out=len({name for e in evaluations for name in e.scores}) - len(ids),
-        alpha=alpha,
-        draws=draws,
-        seed=seed,
-        tested=tested,
-        arms=arms,
-        pairs=drafts,
-        conditions=conditions,
-    )
-    pairs = [
-        _judged(replace(pair, p_adjusted=p), a, b, drafted)
-        for pair, p, (a, b) in zip(drafts, adjusted, combinations(arms, 2), strict=True)
+    result = Comparison(arms=arms, pairs=drafts, tested=tested, alpha=alpha, **facts)
+    judged = [
+        _judged(replace(pair, p_adjusted=p), a, b, result)
+        for pair, p, (a, b) in zip(drafts, adjusted, chosen, strict=True)
     ]
-    return replace(drafted, pairs=pairs)
+    return replace(result, pairs=judged)
 
 
-def _arm(name: str, runs: list[Run], ids: list[str], metric: str, draws: int, seed: int) -> Arm:
+def _chosen(names: list[str], pairs: Pairs | None) -> list[tuple[str, str]]:
+    if pairs is None:
+        return list(combinations(names, 2))
+    for index, (a, b) in enumerate(pairs):
+        for name in (a, b):
+            if name not in names:
+                raise ValueError(f"the pair of '{a}' and '{b}' names no arm '{name}'{nearest(name, names)}")
+        if a == b:
+            raise ValueError(f"the pair of '{a}' and '{b}' is an arm and itself; name two arms")
+        if {a, b} in [set(pair) for pair in pairs[:index]]:
+            raise ValueError(f"the pair of '{a}' and '{b}' is named twice; Holm's adjustment counts each pair once")
+    return list(pairs)
+
+
+def _of_run(path: Path | None, arm: str, seed: int | None, start: str | None) -> Evaluation:
+    """What stands for an evaluation where a number is of a run as a whole."""
+    return Evaluation(
+        path=path or Path(f"{arm}-{seed}"),
+        scores={},
+        golds={},
+        rules=(),
+        prompts=(),
+        sampling=None,
+        arm=arm,
+        seed=seed,
+        start=start,
+        step=None,
+    )
+
+
+def _arm(name: str, runs: list[Run], ids: list[str], *, metric: str, draws: int, seed: int) -> Arm:
     values = np.array([per_problem(run.evaluation, ids, metric) for run in runs])
+    for row, run in enumerate(runs):
+        if run.minus is not None:
+            values[row] -= per_problem(run.minus, ids, metric)
+    return _arm_of(name, runs, values, draws=draws, seed=seed)
+
+
+def _arm_of(
+    name: str, runs: list[Run], values: np.ndarray, *, whole: bool = False, draws: int = DRAWS, seed: int = 0
+) -> Arm:
+    if not runs:
+        raise ValueError(f"arm '{name}' has no runs")
+    seeds = [run.seed for run in runs]
+    if len(runs) > 1 and (None in seeds or len(set(seeds)) < len(seeds)):
+        raise ValueError(f"arm '{name}' has runs of training seeds {', '.join(map(str, seeds))}; each needs its own")
+    low = high = spread = math.nan
     seed_means = values.mean(axis=1)
-    if len(runs) == 1:
-        low, high = statistics.bootstrap_interval(values[0], draws=draws, seed=seed, level=LEVEL)
-        spread = math.nan
-    else:
+    if len(runs) > 1:
         low, high = statistics.mean_interval(seed_means, level=LEVEL)
         spread = float(seed_means.std(ddof=1))
+    elif not whole:
+        low, high = statistics.bootstrap_interval(values[0], draws=draws, seed=seed, level=LEVEL)
     mean = float(seed_means.mean())
-    return Arm(name=name, runs=runs, values=values, mean=mean, low=low, high=high, seed_sd=spread)
+    return Arm(name=name, runs=runs, values=values, mean=mean, low=low, high=high, seed_sd=spread, whole=whole)
 
 
 def per_problem(evaluation: Evaluation, ids: Sequence[str], metric: str) -> list[float]:
@@ -280,12 +243,14 @@ def per_problem(evaluation: Evaluation, ids: Sequence[str], metric: str) -> list
 
 
 def _tested(a: Arm, b: Arm, pairing: Pairing, draws: int, seed: int) -> Pair:
-    if a.single and b.single:
+    if a.single and b.single and not a.whole:
         return _checkpoints(a, b, draws, seed)
     if not a.single and not b.single:
         return _recipes(a, b, pairing)
     one = a.name if a.single else b.name
     reason = f"{one} has one training seed, which tells nothing of the spread between its seeds"
+    if a.single and b.single:
+        reason = "one training seed each and one number per seed: no spread to judge by"
     diff = Difference(a.mean - b.mean, math.nan, math.nan, math.nan)
     return Pair(a=a.name, b=b.name, about=None, test=None, reason=reason, result=diff)
 
@@ -295,7 +260,8 @@ def _checkpoints(a: Arm, b: Arm, draws: int, seed: int) -> Pair:
     result = statistics.paired_bootstrap(x, y, draws=draws, seed=seed, level=LEVEL)
     test: str | None = "paired bootstrap"
     reason, found = "one training seed each: compared problem by problem", None
-    if statistics.is_binary(x) and statistics.is_binary(y):
+    changes = any(run.minus is not None for run in [*a.runs, *b.runs])  # of which none is solved or not
+    if statistics.is_binary(x) and statistics.is_binary(y) and not changes:
         found = statistics.mcnemar_exact(x, y)
         result, test = result._replace(p=found.p), "McNemar's exact test"
     elif math.isnan(result.p):
@@ -324,8 +290,8 @@ def _paired(a: Arm, b: Arm, pairing: Pairing) -> tuple[bool, str]:
     if pairing == "paired":
         if not same:
             raise ValueError(
-                f"--paired: arm '{a.name}' has training seeds {_listed(a)}, arm '{b.name}' has {_listed(b)}; pairs "
-                "need the same seeds in both"
+                f"pairs were asked for, but arm '{a.name}' has training seeds {_listed(a)}, arm '{b.name}' has "
+                f"{_listed(b)}; pairs need the same seeds in both"
             )
         return True, "paired was asked for"
     if not same:
@@ -359,15 +325,9 @@ def _judged(pair: Pair, a: Arm, b: Arm, result: Comparison) -> Pair:
             paired = pair.test == "paired t"
             required = statistics.required_seeds(*_seed_means(a, b, paired), paired=paired, **at)
         found = pair.p_adjusted <= result.alpha and pair.result.diff != 0
-        better = (a.name if pair.result.diff > 0 else b.name) if found else None
-        verdict = "better" if found else "not distinguishable"
-        pair = replace(pair, required=required, verdict=verdict, better=better)
-    return replace(pair, sentence=sentence(pair, a, b, result))
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+        verdict = "not distinguishable" if not found else "different" if result.higher == "neither" else "better"
+        pair = replace(pair, required=required, verdict=verdict)
+        if verdict == "better":
+            lower = b.name if pair.greater == a.name else a.name
+            pair = replace(pair, better=lower if result.higher == "worse" else pair.greater)
+    return replace(pair, sentence=sentence(pair, a, b, result), brief=short(pair, a, b, result))

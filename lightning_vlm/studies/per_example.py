@@ -48,11 +48,12 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Run:
-    """An evaluation with its place in the comparison."""
+    """An evaluation with its place in the comparison; `minus`: one whose metric is subtracted."""
 
     arm: str
     seed: int | None
     evaluation: Evaluation
+    minus: Evaluation | None = None
 
 
 def find_file(given: str, benchmark: str | None = None) -> Path:
@@ -72,23 +73,28 @@ def find_file(given: str, benchmark: str | None = None) -> Path:
         raise FileNotFoundError(f"no file or folder '{given}' to compare")
     if (path / PER_EXAMPLE).is_file():
         return path / PER_EXAMPLE
-    steps: dict[str, dict[int, Path]] = {}
-    for file in sorted((path / EVALUATIONS).rglob(f"step-*/{PER_EXAMPLE}")):
-        step = _step(file.parent)
-        if step is not None:
-            name = file.parents[1].relative_to(path / EVALUATIONS).as_posix()
-            steps.setdefault(name, {})[step] = file
-    if not steps:
+    found = last_evaluations(path)
+    if not found:
         raise ValueError(
             f"'{given}' has no {PER_EXAMPLE}, nor {EVALUATIONS}/BENCHMARK/step-N/{PER_EXAMPLE}: has it been evaluated?"
         )
-    names = ", ".join(sorted(steps))
-    if benchmark is None and len(steps) > 1:
+    names = ", ".join(found)
+    if benchmark is None and len(found) > 1:
         raise ValueError(f"'{given}' was evaluated on several benchmarks: choose one by --benchmark: {names}")
-    if benchmark is not None and benchmark not in steps:
+    if benchmark is not None and benchmark not in found:
         raise ValueError(f"'{given}' has no evaluation on '{benchmark}'; it has: {names}")
-    found = steps[benchmark or names]
-    return found[max(found)]
+    return found[benchmark or names]
+
+
+def last_evaluations(folder: Path) -> dict[str, Path]:
+    """Benchmark, in order of name → the per-example file of a run's last step on it."""
+    steps: dict[str, dict[int, Path]] = {}
+    for file in sorted((folder / EVALUATIONS).rglob(f"step-*/{PER_EXAMPLE}")):
+        step = _step(file.parent)
+        if step is not None:
+            name = file.parents[1].relative_to(folder / EVALUATIONS).as_posix()
+            steps.setdefault(name, {})[step] = file
+    return {name: steps[name][max(steps[name])] for name in sorted(steps)}
 
 
 def _step(folder: Path) -> int | None:
@@ -164,10 +170,7 @@ def _in_groups(path: Path, where: Mapping[str, str]) -> Iterator[tuple[str, dict
     found = False
     for place, record in _records(path):
         groups = record.get("groups") or {}
-        values = {key: groups.get(key, []) for key in where}
-        values = {
-            key: {str(v) for v in (given if isinstance(given, list) else [given])} for key, given in values.items()
-        }
+        values = {key: _texts(groups.get(key, [])) for key in where}
         for key, given in values.items():
             seen[key] |= given
         if all(where[key] in given for key, given in values.items()):
@@ -296,11 +299,11 @@ def _shared(paths: Sequence[tuple[str, ...]]) -> int:
     return sum(1 for _ in takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False)))
 
 
-def common_ids(evaluations: Sequence[Evaluation], *, common: bool = False) -> list[str]:
+def common_ids(evaluations: Sequence[Evaluation], *, common: bool = False, flags: bool = True) -> list[str]:
     """The ids of all files, sorted: results do not depend on the order of lines.
 
     Args:
-        evaluations: at least one. common: whether ids that are not in all files may be left out.
+        evaluations: at least one. common: whether ids may be left out. flags: whether errors may name `--common`.
 
     Raises:
         ValueError: files of other ids, fewer than two shared ones, or an id that has another gold answer elsewhere.
@@ -312,8 +315,8 @@ def common_ids(evaluations: Sequence[Evaluation], *, common: bool = False) -> li
         if (missing or extra) and not common:
             raise ValueError(
                 f"{first.path} and {other.path} are not of the same problems: {len(missing)} only in the first"
-                f"{_listed(missing)}, {len(extra)} only in the second{_listed(extra)}; --common compares those in all "
-                "files"
+                f"{_listed(missing)}, {len(extra)} only in the second{_listed(extra)}"
+                + ("; --common compares those in all files" if flags else "")
             )
     ids = [name for name in sorted(first.scores) if all(name in e.scores for e in evaluations)]
     if len(ids) < 2:
@@ -329,11 +332,12 @@ def common_ids(evaluations: Sequence[Evaluation], *, common: bool = False) -> li
     return ids
 
 
-def check_conditions(evaluations: Sequence[Evaluation], *, across: bool = False) -> list[str]:
+def check_conditions(evaluations: Sequence[Evaluation], *, across: bool = False, flags: bool = True) -> list[str]:
     """See that numbers may be compared: one grading rule, one prompt, one way of drawing answers.
 
     Args:
-        evaluations: at least one. across: whether prompt and sampling may differ.
+        evaluations: at least one. across: whether prompt and sampling may differ. flags: whether an error may name
+            `--across_conditions`.
 
     Returns:
         Sentences for the reader: what differs, and what could not be checked.
@@ -351,8 +355,8 @@ def check_conditions(evaluations: Sequence[Evaluation], *, across: bool = False)
         differing = _differing(known)
         if differing and not across:
             raise ValueError(
-                f"the files have different {what}: {differing}; that is another experiment, --across_conditions "
-                "compares nevertheless"
+                f"the files have different {what}: {differing}; that is another experiment"
+                + (", --across_conditions compares nevertheless" if flags else "")
             )
         if differing:
             notes.append(f"The files have different {what}, and differences may come from there: {differing}.")

@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +78,9 @@ class CountedExchanges(GRPO):
 
 
 def algorithm_class(name: str) -> type:
-    """A class exported by the package, or one of this file."""
-    return globals().get(name) or getattr(algorithms, name)
+    """A class exported by the package, one of this file, or one at a dotted path."""
+    module, _, own = name.rpartition(".")
+    return getattr(import_module(module), own) if module else globals().get(name) or getattr(algorithms, name)
 
 
 class Record(L.Callback):

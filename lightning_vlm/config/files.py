@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from lightning_vlm.cli.config import Config, KeyPath, nearest, nearest_only
+from lightning_vlm.config.tree import Config, KeyPath, nearest, nearest_only
 
 REPOSITORY_CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 TOP_LEVEL = {
@@ -106,6 +108,12 @@ def parse_yaml(text: str, name: str) -> tuple[Any, dict[KeyPath, str]]:
     return value, origins
 
 
+@functools.lru_cache(maxsize=512)
+def _parsed(text: str, name: str) -> tuple[Any, dict[KeyPath, str]]:
+    """`parse_yaml`, once for each file that many configurations share."""
+    return parse_yaml(text, name)
+
+
 def find_config(name: str, base: Path | None = None) -> Path:
     """The file meant by `name`: relative to `base` (or the working directory), or a short name such as
     `experiment/world-sft` in a `configs` folder (the working directory's, then the repository's).
@@ -134,15 +142,30 @@ def load(files: Iterable[str], overrides: Iterable[tuple[str, Any]] = ()) -> Con
         FileNotFoundError: a file or an included file is missing.
         ValueError: cyclic includes, duplicate or unknown top-level keys, unresolvable references.
     """
+    config = merged(files, overrides)
+    check_top_level(config)
+    config.tree.setdefault("seed_everything", 0)
+    config.resolve()
+    return config
+
+
+def merged(files: Iterable[str], overrides: Iterable[tuple[str, Any]] = ()) -> Config:
+    """Merge `files` with what they include, then `overrides`; nothing is resolved, keys may be any.
+
+    Args:
+        files: paths or short names; later ones win.
+        overrides: (dotted key, value) pairs from the command line.
+
+    Raises:
+        FileNotFoundError: a file or an included file is missing.
+        ValueError: cyclic includes, duplicate keys, not YAML.
+    """
     config = Config()
     for name in files:
         _load_file(config, find_config(name), ())
     for key, value in overrides:
         config.override(key, value)
     config.tree.pop("include", None)
-    check_top_level(config)
-    config.tree.setdefault("seed_everything", 0)
-    config.resolve()
     return config
 
 
@@ -152,7 +175,7 @@ def _load_file(config: Config, path: Path, parents: tuple[Path, ...]) -> None:
         raise ValueError(f"{_shown(path)}: includes itself: {chain}")
     if parents and path in config.files:
         return  # a fragment reached twice is merged once, at its first mention, lest it undo what came between
-    layer, origins = parse_yaml(path.read_text(), _shown(path))
+    layer, origins = copy.deepcopy(_parsed(path.read_text(), _shown(path)))
     layer = {} if layer is None else layer
     if not isinstance(layer, dict):
         raise ValueError(f"{_shown(path)}: a configuration is a mapping, got a {type(layer).__name__}")
