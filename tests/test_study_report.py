@@ -75,7 +75,7 @@ def test_the_page_has_the_numbers(report):
     text = plain(report["report.html"])
     assert "OPD 65.0 [52.6, 77.4]" in text and "none 40.0 [27.6, 52.4]" in text
     assert (
-        "condition: few prompts: OPD has the highest mean, 65.0 %. It is better than none and SFT, over-trained."
+        "condition: few prompts: “OPD” has the highest mean, 65.0 %. It is better than “none” and “SFT, over-trained”."
         in text
     )
     # Three seeds of sd 5 each: t(4) · 5 · √(2/3) = 11.3 around 25; 0.022 = 6 · p, the least of six pairs.
@@ -276,7 +276,9 @@ def test_lower_is_better(tmp_path, results):
     first = results.measured[0]
     turned = replace(first, endpoint=replace(first.endpoint, higher="worse"))
     write_report(replace(results, measured=[turned]), tmp_path)
-    assert "condition: few prompts: none has the lowest mean, 40.0 %." in plain((tmp_path / "report.html").read_text())
+    assert "condition: few prompts: “none” has the lowest mean, 40.0 %." in plain(
+        (tmp_path / "report.html").read_text()
+    )
 
 
 # ------------------------------------------------------------------------------------------------- accessibility
@@ -387,8 +389,4 @@ def test_texts():
     assert clean("a\r\nb\x00\ud800\u202ec\td") == "a\nb���c\td"
     assert clean("x" * 30, 10) == "x" * 10 + " … (20 more characters)"
     assert clean(["a", "b"]) == "a\nb" and clean(None) == ""
-    assert (
-        listed(["a"]) == "a"
-        and listed(["a", "b", "c"]) == "a, b and c"
-        and listed(["a, b", "c", "d"]) == "a, b; c and d"
-    )
+    assert [listed(some) for some in (["a"], ["a", "b"], ["a", "b", "c"])] == ["a", "a and b", "a, b and c"]

@@ -144,8 +144,13 @@ def own_cause(err: BaseException) -> BaseException:
 
 
 def _is_own(err: BaseException) -> bool:
+    """Whether this package, or the user's own code in the working directory, raised it."""
     frames = traceback.extract_tb(err.__traceback__)
-    return not frames or frames[-1].filename.startswith(PACKAGES)
+    if not frames:
+        return True
+    file = frames[-1].filename
+    users = file.startswith(os.getcwd() + os.sep) and "site-packages" not in file
+    return users or file.startswith(PACKAGES)
 
 
 if __name__ == "__main__":

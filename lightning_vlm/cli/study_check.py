@@ -132,7 +132,9 @@ def _check_pick(run: Run, stage: Stage) -> None:
     place = f"stage '{pick.of.stage}', model {pick.step or 'best'}"
     if pick.metric is not None:
         stage.require(place, pick.metric.removeprefix("val/"))
-    if pick.step is not None and pick.step == last:
+    if pick.step is not None and last and pick.step >= last:
+        if pick.step > last:
+            raise ValueError(f"{place}: that checkpoint is not kept: training ends after {last} steps")
         return
     if pick.metric is not None and kept["monitor"] == pick.metric:
         return

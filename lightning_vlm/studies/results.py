@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, product
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import yaml
@@ -248,10 +249,9 @@ def _budget(graph: Graph, budget: Budget, groups: Sequence[Mapping[str, str]]) -
     rows = []
     for label, values in spent.items():
         beside = [
-            v
+            fmean(found.values())
             for other, found in spent.items()
             if any(all(at[x].get(a, v) == v for x in (label, other) for a, v in group.items()) for group in groups)
-            for v in found.values()
         ]
         equal = max(beside) - min(beside) <= budget.tolerance * max(beside)
         rows.append(

@@ -110,7 +110,7 @@ def gather(results: Results) -> Content:
         stage_costs=per_stage(results, arms),
         arm_costs=per_arm(results, arms),
         total_cost=total(results),
-        differences=_differences(results),
+        differences=_differences(results, arms),
         environment=flat(results.environment),
     )
     _draw(content)
@@ -179,15 +179,21 @@ def _budget(row: dict[str, Any]) -> BudgetView:
     return BudgetView(label=row["label"], stage=row["stage"], unit=row["unit"], values=shown, equal=equal)
 
 
-def _differences(results: Results) -> tuple[list[str], list[list[str]]]:
-    """Heads and rows of the settings in which arms differ."""
-    labels = list(dict.fromkeys([*results.labels, *(label for row in results.differences for label in row["values"])]))
-    labels = [label for label in labels if any(label in row["values"] for row in results.differences)]
-    rows = [
-        [row["key"], *(clean(row["values"][label], 200) if label in row["values"] else NOTHING for label in labels)]
-        for row in results.differences
-    ]
-    return labels, rows
+def _differences(results: Results, arms: Arms) -> tuple[list[str], list[list[str]]]:
+    """Labels and rows of the settings in which arms differ.
+
+    A stage that does not depend on all axes has its own labels: its values stand at all arms that share its place.
+    """
+
+    def value(values: dict[str, Any], label: str) -> str:
+        place = arms.at(label).items()
+        kin = [other for other in values if arms.at(other) and arms.at(other).items() <= place]
+        return clean(values[label if label in values else kin[0]], 200) if label in values or kin else NOTHING
+
+    labels = arms.labels
+    rows = [[row["key"], *(value(row["values"], label) for label in labels)] for row in results.differences]
+    # What differs between starts of which no arm has two would show nothing.
+    return labels, [row for row in rows if len(set(row[1:])) > 1]
 
 
 def _notes(content: Content) -> list[str]:

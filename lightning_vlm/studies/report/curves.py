@@ -167,13 +167,15 @@ def _draw(
     outer = [v for s in everything for v in [*s.low, *s.high]]
     if inner and min(inner) >= 0:
         bounds = (max(0.0, bounds[0]), bounds[1])
+    if inner and "accuracy" in y_label and max(inner) <= 1:
+        bounds = (bounds[0], 1.0)
     x_label = "k, answers drawn per problem" if powers else "optimizer steps"
     alt = _alternative(f"{figure.title}{': ' if title else ''}{title}", lines, names, "k =" if powers else "step")
     svg = line_chart(
         lines,
         ident=f"{figure.ident}-{len(figure.charts) + 1}",
         alt=alt,
-        y=scale_of(inner, outer, bounds=bounds),
+        y=scale_of(inner, outer, bounds=bounds, reach=0.4),
         x_label=x_label,
         y_label=y_label if len(y_label) <= 34 else y_label[:33] + "…",
         powers=powers,

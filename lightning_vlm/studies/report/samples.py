@@ -47,6 +47,12 @@ class Answer:
     others: str = ""
     missing: str = ""
 
+    @property
+    def details(self) -> str:
+        """What was extracted where that is not the whole output, whose answer it is, how the others did."""
+        extracted = f"extracted: {self.extraction}" if self.extraction not in ("", self.output) else ""
+        return "; ".join(filter(None, [extracted, self.seed, self.others]))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
@@ -151,7 +157,7 @@ def _of_kind(runs: Sequence[_Run], title: str, count: int, arms: Arms, missing: 
             gold=clean(record.get("gold")),
             pictures=pictures.get(name, []),
             answers=[
-                _answer(label, [(run.seed, run.records[name]) for run in by_label[label]], arms)
+                _answer(label, title, [(run.seed, run.records[name]) for run in by_label[label]], arms)
                 for label in _by_group(arms.ordered(by_label), arms)
             ],
         )
@@ -174,13 +180,13 @@ def _records(file: Path) -> dict[str, list[Record]]:
     return {name: sorted(draws, key=lambda draw: draw.get("sample", 0)) for name, draws in found.items()}
 
 
-def _answer(label: str, runs: Sequence[tuple[int | None, Sequence[Record]]], arms: Arms) -> Answer:
+def _answer(label: str, title: str, runs: Sequence[tuple[int | None, Sequence[Record]]], arms: Arms) -> Answer:
     seed, draws = runs[0]
     shown, score = draws[0], float(draws[0]["score"])
     kind = {1.0: "right", 0.0: "wrong"}.get(score, "part")
     scores = [float(draw["score"]) for _, records in runs for draw in records]
     return Answer(
-        label=arms.shown(label),
+        label=arms.short(label) if title and arms.at(label) else arms.shown(label),
         look=arms.look(label),
         seed="" if seed is None else f"seed {seed}",
         output=clean(shown.get("output")),

@@ -113,7 +113,8 @@ td.n,th.n{text-align:right;white-space:nowrap}
 .pairs li.axisrow{padding-top:0}
 p.rowgroup{margin:.9rem 0 .3rem;color:var(--muted);font-size:.88rem;font-weight:600}
 td.mk{width:17rem;min-width:13rem;padding-block:.2rem;vertical-align:middle}
-table.plain td{min-width:4rem;max-width:24rem}
+table.plain td{min-width:5rem;max-width:24rem}
+table.plain th[scope=row]{max-width:20rem;overflow-wrap:anywhere}
 .badge{display:inline-block;font-size:.82rem;font-weight:600;line-height:1.3;padding:.1rem .5rem;border-radius:99px;
  white-space:nowrap;background:var(--vague-bg);color:var(--vague)}
 .badge.good{background:var(--good-bg);color:var(--good)}
@@ -179,6 +180,7 @@ dl{display:grid;grid-template-columns:max-content 1fr;gap:.2rem 1rem;font-size:.
 dt{color:var(--muted)}
 dd{margin:0;min-width:0;overflow-wrap:anywhere}
 footer{padding-block:1rem 3rem;color:var(--muted);font-size:.9rem}
+@media screen and (min-width:641px){table.plain th[scope=row]{min-width:12rem}}
 @media (max-width:640px){
  main,header,footer{padding-inline:.8rem}
  section{padding:1rem .9rem;border-radius:8px}

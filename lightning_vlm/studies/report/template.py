@@ -120,6 +120,17 @@ _MACROS = """
 {% endfor %}
 {%- endmacro -%}
 
+{%- macro settings(heads, rows) -%}
+{% call region("Settings in which arms differ") %}
+<table class="plain">
+<caption><span>Keys of the resolved configurations that are not the same in all arms</span></caption>
+<thead><tr><th scope="col">key</th>{% for label in heads %}<th scope="col">{{ label }}</th>{% endfor %}</tr></thead>
+<tbody>{% for row in rows %}
+<tr><th scope="row">{{ row[0] }}</th>{% for cell in row[1:] %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}
+</tbody></table>
+{% endcall %}
+{%- endmacro -%}
+
 {%- macro unfinished(list) -%}
 {% call region("Runs that are not finished") %}
 <table><caption><span>Runs without results</span></caption>
@@ -164,11 +175,13 @@ _ANSWER = """
 <section id="unfinished" class="alarm" aria-labelledby="h-unfinished">
 <h2 id="h-unfinished">Not finished: {{ c.unfinished|length }} of {{ r.stages|length }} runs of stages</h2>
 <p>{% for state, count in c.states.items() if state != "done" %}{{ count }} {{ badge(state) }}
-{% endfor %}: what follows is of the others. Run the study again to go on.</p>
+{% endfor %}</p>
+<p>What follows is of the others. Run the study again to go on.</p>
 {% set broken = c.unfinished|rejectattr("state", "in", ["waiting", "running"])|list %}
 {% set waiting = c.unfinished|selectattr("state", "in", ["waiting", "running"])|list %}
 {% if broken %}{{ unfinished(broken) }}{% endif %}
-{% if waiting %}<details {{ "open" if waiting|length <= 10 }}><summary>Waiting or running: {{ waiting|length }}</summary>
+{% if waiting %}<details {{ "open" if waiting|length <= 10 }}>
+<summary>Waiting or running: {{ waiting|length }}</summary>
 {{ unfinished(waiting) }}
 </details>{% endif %}
 {% for u in c.unfinished if u.log %}
@@ -260,8 +273,7 @@ _CURVES = """
 <h4>{{ key(a.look) }}<span>{{ a.label }}</span></h4>
 {{ badge(a.verdict) }}
 <pre>{{ a.output or "(empty)" }}</pre>
-<div class="quiet">{% if a.extraction and a.extraction != a.output %}extracted: {{ a.extraction }}; {% endif %}
-{{- a.seed }}{% if a.others %}{{ "; " if a.seed }}{{ a.others }}{% endif %}</div>
+<div class="quiet">{{ a.details }}</div>
 </li>
 {% endfor %}
 </ul>
@@ -312,15 +324,10 @@ _END = """
 <section id="settings" aria-labelledby="h-settings">
 <h2 id="h-settings">Settings in which arms differ</h2>
 {% if c.differences[1] %}
-{% call region("Settings in which arms differ") %}
-<table class="plain">
-<caption><span>Keys of the resolved configurations that are not the same in all arms</span></caption>
-<thead><tr><th scope="col">key</th>{% for label in c.differences[0] %}<th scope="col">{{ label }}</th>
-{% endfor %}</tr></thead>
-<tbody>{% for row in c.differences[1] %}
-<tr><th scope="row">{{ row[0] }}</th>{% for cell in row[1:] %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}
-</tbody></table>
-{% endcall %}
+{{ settings(c.differences[0], c.differences[1][:12]) }}
+{% if c.differences[1][12:] %}<details><summary>{{ c.differences[1]|length - 12 }} more settings</summary>
+{{ settings(c.differences[0], c.differences[1][12:]) }}
+</details>{% endif %}
 {% else %}<p>None.</p>{% endif %}
 </section>
 <section id="made" aria-labelledby="h-made">

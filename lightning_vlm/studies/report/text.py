@@ -75,9 +75,8 @@ def plural(count: int, word: str) -> str:
 
 
 def listed(names: Sequence[str]) -> str:
-    """`a`, `a and b`, `a, b and c`; semicolons between names with commas."""
-    mark = "; " if any("," in name for name in names) and len(names) > 2 else ", "
-    return " and ".join([mark.join(names[:-1]), names[-1]] if len(names) > 1 else names)
+    """`a`, `a and b`, `a, b and c`."""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def slug(text: str) -> str:

@@ -202,7 +202,7 @@ def _arm_row(arm: Arm, result: Comparison, arms: Arms, scale: Scale) -> ArmRow:
         mean=mean,
         interval=interval,
         spread=spread,
-        over=arm.interval_over or NOTHING,
+        over=(arm.interval_over or NOTHING) if math.isfinite(arm.low) else NOTHING,
         look=arms.look(arm.name),
         mark=interval_mark(
             arm.mean * factor,
@@ -271,7 +271,9 @@ def _answer(labels: Sequence[str], pairs: Sequence[Pair], measured: Measured, ar
     best = _best(labels, measured)
     shown, *_ = result.unit.numbers(result.arm(best).mean)
     percent = " %" if result.unit.percent else result.unit.word
-    parts = [f"{arms.short(best)} has the {'lowest' if higher == 'worse' else 'highest'} mean, {shown}{percent}."]
+    parts = [
+        f"{_quoted(arms.short(best))} has the {'lowest' if higher == 'worse' else 'highest'} mean, {shown}{percent}."
+    ]
     rivals: dict[str, list[str]] = {"beaten": [], "open": [], "none": []}
     for pair in pairs:
         if best in (pair.a, pair.b):
@@ -295,7 +297,12 @@ def _answer(labels: Sequence[str], pairs: Sequence[Pair], measured: Measured, ar
 
 
 def _named(names: Sequence[str], others: int) -> str:
-    return f"all {others} others" if len(names) == others > 2 else listed(names)
+    return f"all {others} others" if len(names) == others > 2 else listed([_quoted(name) for name in names])
+
+
+def _quoted(name: str) -> str:
+    """Arms may be called `none`, or have commas."""
+    return f"“{name}”"
 
 
 def _best(labels: Sequence[str], measured: Measured) -> str:
