@@ -97,7 +97,7 @@ def test_greater_holds_is_contradicted_or_is_not_shown():
     (said,) = judged(greater("none", "OPD"), found)
     assert said.verdict == "contradicted" and said.sentence.startswith("OPD > none by 10.0 points")
     (said,) = judged(greater("SFT", "none"), found)
-    assert said.verdict == "not shown" and said.sentence.startswith("none, SFT: not distinguishable (−0.5 points")
+    assert said.verdict == "not shown" and said.sentence.startswith("none − SFT: not distinguishable (−0.5 points")
     assert said.to_json() == {
         "says": "It is so.",
         "source": "",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -66,13 +67,13 @@ def test_verdicts_in_a_few_words():
     (pair,) = compare(runs_of(OPD=(15, 18, 16, 16), none=(15, 16, 14))).pairs
     low, high = (f"{100 * bound:.1f}".replace("-", "−") for bound in pair.result[1:3])
     assert pair.short() == (
-        f"OPD, none: not distinguishable (6.2 points [{low}, {high}], 4 + 3 seeds); needs about {pair.required} seeds"
+        f"OPD − none: not distinguishable (6.2 points [{low}, {high}], 4 + 3 seeds); needs about {pair.required} seeds"
     )
     (pair,) = compare(runs_of(b=(5,), a=(15,))).pairs
     low, high = (f"{-100 * bound:.1f}" for bound in (pair.result.high, pair.result.low))
     assert pair.short() == f"a > b by 50.0 points [{low}, {high}], these checkpoints"
     (pair,) = compare(runs_of(a=(15, 16), b=(12,))).pairs
-    assert pair.short().startswith("a, b: no verdict (17.5 points; b has one training seed")
+    assert pair.short().startswith("a − b: no verdict (17.5 points; b has one training seed")
 
 
 def test_seeds_are_counted_in_the_order_of_the_names():
@@ -126,7 +127,7 @@ def test_numbers_of_one_seed_get_no_verdict():
     (pair,) = found.pairs
     assert (pair.verdict, pair.about, pair.test, found.tested) == ("no verdict", None, None, 0)
     assert pair.short() == (
-        "a, b: no verdict (−1.000 nats; one training seed each and one number per seed: no spread to judge by)"
+        "a − b: no verdict (−1.000 nats; one training seed each and one number per seed: no spread to judge by)"
     )
     assert found.arms[0].interval_over is None and math.isnan(found.arms[0].low)
     assert found.notes == ["One seed: the number exists once per seed, so that one seed has no interval."]
@@ -157,3 +158,31 @@ def test_what_is_subtracted_is_subtracted_problem_by_problem():
     assert found.pairs[0].result == by_hand and found.pairs[0].mcnemar is None
     by_chance = compare([runs[0], Run("c", 0, x["a"], x["a"])])  # 0 and 1 only
     assert by_chance.pairs[0].mcnemar is None and by_chance.pairs[0].test == "paired bootstrap"
+
+
+def test_arms_that_nothing_compares_may_have_answered_other_problems(tmp_path):
+    # Ids are the same in both conditions, golds and numbers of problems are not.
+    def evaluation(name, golds, scores):
+        folder = tmp_path / name
+        folder.mkdir()
+        lines = [
+            json.dumps({"id": f"q{i}", "score": score, "gold": gold})
+            for i, (gold, score) in enumerate(zip(golds, scores, strict=True))
+        ]
+        (folder / "per_example.jsonl").write_text("\n".join(lines) + "\n")
+        return read_evaluation(folder / "per_example.jsonl")
+
+    runs = [
+        *(Run("a easy", s, evaluation(f"ae{s}", "123", (1, 1, s % 2))) for s in (0, 1)),
+        *(Run("b easy", s, evaluation(f"be{s}", "123", (0, s % 2, 0))) for s in (0, 1)),
+        *(Run("a hard", s, evaluation(f"ah{s}", "4567", (1, 0, 0, s % 2))) for s in (0, 1)),
+        *(Run("b hard", s, evaluation(f"bh{s}", "4567", (1, 1, s % 2, 0))) for s in (0, 1)),
+    ]
+    result = compare(runs, pairs=[("a easy", "b easy"), ("a hard", "b hard")])
+    # Means by hand: easy (2/3 + 3/3)/2 = 5/6 and (0 + 1/3)/2 = 1/6; hard (1/4 + 2/4)/2 = 3/8 and (2/4 + 3/4)/2 = 5/8.
+    assert [arm.mean for arm in result.arms] == pytest.approx([5 / 6, 1 / 6, 3 / 8, 5 / 8])
+    assert [pair.result.diff for pair in result.pairs] == pytest.approx([4 / 6, -2 / 8])
+    assert result.tested == 2
+    assert any("different numbers of problems: [3, 4]" in note for note in result.notes)
+    with pytest.raises(ValueError, match=r"not (of )?the same problems"):
+        compare(runs, pairs=[("a easy", "b easy"), ("a hard", "b hard"), ("a easy", "a hard")])

@@ -82,7 +82,7 @@ def test_the_page_has_the_numbers(report):
     p = 2 * stats.t.sf(25 / (5 * (2 / 3) ** 0.5), 4)
     assert f"{6 * p:.3f}" == "0.022"
     assert "OPD > none by 25.0 points [13.7, 36.3], 3 seeds" in text
-    assert "none, SFT, over-trained: not distinguishable (−5.0 points [−16.3, 6.3], 3 seeds); needs about" in text
+    assert "none − SFT, over-trained: not distinguishable (−5.0 points [−16.3, 6.3], 3 seeds); needs about" in text
     assert "OPD 80.0 [67.6, 92.4]" in text  # pass@16 = (k + 4)/20
     assert "neither direction is better" in text and "2 of 3 pairs are told apart." in text  # entropy
     assert "holds condition: few prompts : OPD · few prompts > none · few prompts by 25.0 points" in text

@@ -71,21 +71,36 @@ def compare(
         raise ValueError(f"{len(runs)} input: give at least two to compare")
     if len(names) < 2 and pairs is None:
         raise ValueError(f"all inputs belong to arm '{names[0]}': nothing to compare; name arms by --arms")
-    conditions = check_conditions(evaluations, across=across, flags=flags)
-    check_conditions([*evaluations, *minus], across=across, flags=flags)
-    ids = common_ids([*evaluations, *minus], common=common, flags=flags)
+    conditions: list[str] = []
+    ids_of: dict[str, list[str]] = {}
+    left_out = 0
+    for block in _blocks(names, pairs):  # arms that nothing compares may have answered other problems
+        own = [run for run in runs if run.arm in block]
+        beside = [run.minus for run in own if run.minus is not None]
+        for note in check_conditions([run.evaluation for run in own], across=across, flags=flags):
+            conditions += [note] if note not in conditions else []
+        check_conditions([*(run.evaluation for run in own), *beside], across=across, flags=flags)
+        ids = common_ids([*(run.evaluation for run in own), *beside], common=common, flags=flags)
+        left_out += len({name for run in own for name in run.evaluation.scores}) - len(ids)
+        ids_of |= dict.fromkeys(block, ids)
     if unit is None:
-        within = all(0 <= score <= 1 for e in [*evaluations, *minus] for name in ids for score in e.scores[name])
+        scored = [
+            (e, name) for run in runs for e in filter(None, (run.evaluation, run.minus)) for name in ids_of[run.arm]
+        ]
+        within = all(0 <= score <= 1 for e, name in scored for score in e.scores[name])
         unit = (Unit.changes if minus else Unit.points) if within else Unit.plain
+    counts = sorted({len(ids) for ids in ids_of.values()})
+    if len(counts) > 1:
+        conditions.append(f"Arms that are not compared answered different numbers of problems: {counts}.")
     facts = {
-        "rules": evaluations[0].rules,
+        "rules": tuple(dict.fromkeys(rule for e in evaluations for rule in e.rules)),
         "prompts": tuple(sorted({prompt for e in evaluations for prompt in e.prompts})),
-        "problems": len(ids),
-        "left_out": len({name for e in evaluations for name in e.scores}) - len(ids),
+        "problems": counts[0],
+        "left_out": left_out,
         "conditions": conditions,
     }
     arms = [
-        _arm(name, [run for run in runs if run.arm == name], ids, metric=metric, draws=draws, seed=seed)
+        _arm(name, [run for run in runs if run.arm == name], ids_of[name], metric=metric, draws=draws, seed=seed)
         for name in names
     ]
     asked = {"metric": metric, "unit": unit, "alpha": alpha, "higher": higher, "pairing": pairing}
@@ -176,6 +191,17 @@ def _chosen(names: list[str], pairs: Pairs | None) -> list[tuple[str, str]]:
         if {a, b} in [set(pair) for pair in pairs[:index]]:
             raise ValueError(f"the pair of '{a}' and '{b}' is named twice; Holm's adjustment counts each pair once")
     return list(pairs)
+
+
+def _blocks(names: list[str], pairs: Pairs | None) -> list[list[str]]:
+    """Arms that pairs connect, directly or through others; without pairs all of them."""
+    if pairs is None:
+        return [names]
+    block = {name: name for name in names}
+    for a, b in _chosen(names, pairs):
+        old, new = block[b], block[a]
+        block = {name: new if of == old else of for name, of in block.items()}
+    return [[name for name in names if block[name] == of] for of in dict.fromkeys(block.values())]
 
 
 def _of_run(path: Path | None, arm: str, seed: int | None, start: str | None) -> Evaluation:

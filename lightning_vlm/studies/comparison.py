@@ -121,8 +121,8 @@ class Pair:
     def short(self) -> str:
         """The verdict in a few words; says which number is greater, not whether that is good.
 
-        "A > B by 2.3 points [0.9, 3.8], 5 seeds", "A, B: not distinguishable (0.4 points [−1.0, 1.8], 5 seeds); needs
-        about 14 seeds", "A, B: no verdict (...)".
+        "A > B by 2.3 points [0.9, 3.8], 5 seeds", "A − B: not distinguishable (0.4 points [−1.0, 1.8], 5 seeds); needs
+        about 14 seeds", "A − B: no verdict (...)".
         """
         return self.brief
 

@@ -105,9 +105,11 @@ def collect(graph: Graph) -> Results:
     by_name = {found.endpoint.name: found for found in measured}
     claims = []
     for claim in spec.claims:
-        comparison = by_name[claim.endpoint].comparison
-        if comparison is not None:
-            claims += judge(claim, comparison, places[claim.endpoint], groups)
+        found = by_name[claim.endpoint]
+        if found.comparison is not None:
+            claims += judge(claim, found.comparison, places[claim.endpoint], groups)
+        else:
+            claims.append(Judged(claim=claim, verdict="not shown", sentence=f"{found.endpoint.name}: {found.missing}"))
     labels = list(next(iter(places.values()), {})) or list(dict.fromkeys(row.label for row in rows if row.at))
     budget, note = _budget(graph, spec.budget, groups) if spec.budget else ([], "")
     return Results(
@@ -286,8 +288,6 @@ def _environment(rows: Sequence[StageRow]) -> dict[str, Any]:
 
 def _differences(graph: Graph, rows: Sequence[StageRow]) -> list[dict[str, Any]]:
     """Settings of one stage that are not the same in all arms, and the way that each arm takes."""
-    from callbacks.record import flatten
-
     spec, out = graph.spec, []
     ends = [e.stage for e in spec.endpoints[:1]] or list(spec.stages)[-1:]
     ways: dict[str, str] = {}
@@ -300,7 +300,7 @@ def _differences(graph: Graph, rows: Sequence[StageRow]) -> list[dict[str, Any]]
         for row in rows:
             file = row.folder / "config.yaml"
             if row.stage == stage and row.label not in configs and file.is_file():
-                configs[row.label] = flatten(yaml.safe_load(file.read_text()))
+                configs[row.label] = _flat(yaml.safe_load(file.read_text()))
         keys = dict.fromkeys(key for config in configs.values() for key in config)
         for key in keys:
             values = {label: config.get(key) for label, config in configs.items()}
@@ -309,6 +309,13 @@ def _differences(graph: Graph, rows: Sequence[StageRow]) -> list[dict[str, Any]]
             shown = {label: _shown(value, spec.run_dir) for label, value in values.items()}
             out.append({"key": f"{stage}: {key}", "values": shown})
     return out
+
+
+def _flat(value: Any, at: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted keys; lists stay whole."""
+    if not isinstance(value, dict) or not value:
+        return {at: value}
+    return {key: v for name, sub in value.items() for key, v in _flat(sub, f"{at}.{name}" if at else str(name)).items()}
 
 
 def _way(run: Run) -> str:

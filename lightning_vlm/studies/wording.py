@@ -136,14 +136,14 @@ def short(pair: Pair, a: Arm, b: Arm, result: Comparison) -> str:
     """The verdict in a few words, for tables and lists; greater is not called better."""
     unit, found = result.unit, pair.result
     if pair.verdict == "no verdict":
-        return f"{a.name}, {b.name}: no verdict ({unit.numbers(found.diff)[0]}{unit.word}; {pair.reason})"
+        return f"{a.name} − {b.name}: no verdict ({unit.numbers(found.diff)[0]}{unit.word}; {pair.reason})"
     seeds = [len(arm.runs) for arm in ((b, a) if pair.greater == b.name else (a, b))]  # in the order of the names
     over = f"{seeds[0]} seeds" if seeds[0] == seeds[1] else f"{seeds[0]} + {seeds[1]} seeds"
     over = "these checkpoints" if pair.about == "checkpoints" else over
     if pair.found:
         greater, lesser, amount = _by(pair, unit)
         return f"{greater} > {lesser} by {amount}, {over}"
-    text = f"{a.name}, {b.name}: not distinguishable ({amount_of(pair, unit)}, {over}"
+    text = f"{a.name} − {b.name}: not distinguishable ({amount_of(pair, unit)}, {over}"
     if found.low > 0 or found.high < 0:  # a reader would wonder
         text += f", {p_said(pair, result)}"
         text += f" by Holm over {result.tested} pairs" if result.tested > 1 else f" by {pair.test}"
