@@ -293,3 +293,31 @@ def test_check_finds_nothing_wrong_with_what_runs(tmp_path, monkeypatch, capsys)
     assert main(["study", "check", "mini.yaml"]) == 0
     assert f"3 stages, {RUNS} runs: nothing wrong is seen" in capsys.readouterr().out
     assert not Path("runs").exists()
+
+
+def test_torchrun_inside_a_stage_gives_the_weights_of_one_process(tmp_path):
+    """Four samples a step over two processes: the same gradient, so the same losses up to rounding."""
+    folder = tmp_path / "ranks"
+    one = {
+        "config": "experiment/world-sft-questions",
+        "set": {
+            "backbone.path": "embedded:qwen2_5_vl-tiny",
+            "data.batch_size": 4,
+            "data.workers": 0,
+            "trainer.max_steps": 2,
+            "trainer.log_every_n_steps": 1,
+            "callbacks.Benchmarks": None,
+            "callbacks.Checkpoint": {"every": 0, "monitor": None},
+        },
+    }
+    two = {**one, "processes": 2, "set": {**one["set"], "trainer.devices": 2, "trainer.strategy": "ddp"}}
+    folder.mkdir()
+    tree = {"common": {"config": "logger/csv"}, "stages": {"train-one": one, "train-two": two}}
+    (folder / "mini.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
+    study(folder, "run", "mini.yaml", "--no_mlflow", "--no_report", "--jobs", "2")
+    runs = folder / "runs" / "mini"
+    environments = [json.loads((runs / name / "environment.json").read_text()) for name in ("train-one", "train-two")]
+    assert [facts["world_size"] for facts in environments] == [1, 2]
+    losses = [[float(value) for value in numbers(runs)[name].values()] for name in ("train-one", "train-two")]
+    assert len(losses[0]) == 2
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)

@@ -129,6 +129,8 @@ def _end_with(parent: int) -> None:
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(0.5)
+        os.killpg(0, signal.SIGTERM)  # torchrun ends its processes, which are no members of the group, only if asked
+        time.sleep(STOP_SECONDS)
         os.killpg(0, signal.SIGKILL)
 
     threading.Thread(target=watch, daemon=True).start()
