@@ -1,23 +1,30 @@
-"""The tables of `tools.pivot_study`: what the runs say about DPO against SFT, with intervals over seeds."""
+"""What study/world-pivot leaves, summed up over questions and over places of its cross; beside the study's own report.
+
+    python -m tools.pivot_report [study/world-pivot] [--run_dir DIR] [--seeds 0 1 2]
+
+The study's report compares arms at each place, by family of questions. Here families are put together by what they ask
+for (`ANSWERS`), and DPO − SFT is followed over amounts and shares of triples: the tables of docs/pivot.md. They go to
+run_dir/report/pivot.md, figures to pivot.json, DPO − SFT as a picture to pivot-gaps.png.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import statistics
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lightning_vlm.data.world import WorldSource
 from lightning_vlm.metrics.statistics import holm, mean_interval, paired_t
-from tools.pivot_probes import PROBED, read_probes
-
-if TYPE_CHECKING:
-    from tools.pivot_study import Cell
+from lightning_vlm.studies.graph import Graph, Run
+from lightning_vlm.studies.spec import read_spec
+from lightning_vlm.studies.state import state_of
 
 SIZES_OF_SPLITS = {"test": 1280, "ood_pairs": 192, "ood_numbers": 192, "ood_two_attributes": 192}
 READING = {"count", "caption", "bars value"}  # what is seen is the answer; the rest calculates with what is seen
@@ -96,50 +103,67 @@ def slope(x: Sequence[float], y: Sequence[float]) -> float:
     return sum((a - mx) * (b - my) for a, b in zip(x, y, strict=True)) / sum((a - mx) ** 2 for a in x)
 
 
-class Results:
-    """What the complete seeds of a run directory say.
-
-    Args:
-        root: of the runs. cells: the plan. seeds: to look for; those that lack a cell are left out of it.
+@dataclass(frozen=True)
+class Cell:
+    """An arm at a place of the cross.
 
     Attributes:
-        values: kind (`new model`, `vlm`, `probes`) → cell name → seed → figures by column.
+        arm: `untouched`, `SFT` or `DPO`.
+        amount: triples of stage 2, as a multiple of 640. share: of them that are of the new distribution.
     """
 
-    def __init__(self, root: Path, cells: Sequence[Cell], seeds: Sequence[int]) -> None:
-        self.root, self.cells = root, cells
-        self.values: dict[str, dict[str, dict[int, dict[str, float]]]] = {}
-        for cell in cells:
-            for seed in seeds:
-                where = root / f"seed-{seed}" / cell.name
-                if (where / "fresh-test" / "test.json").exists():
-                    self._add("new model", cell, seed, answers(where / "fresh-test"))
-                    self._add("vlm", cell, seed, answers(where / "post-test"))
-                if (where / "probes.json").exists():
-                    self._add("probes", cell, seed, read_probes(where / "probes.json"))
+    arm: str
+    amount: float = 0.0
+    share: float = 0.0
 
-    def _add(self, kind: str, cell: Cell, seed: int, figures: dict[str, float]) -> None:
-        self.values.setdefault(kind, {}).setdefault(cell.name, {})[seed] = figures
+    @classmethod
+    def of(cls, run: Run) -> Cell:
+        """The cell of a run, `1/2x, 40% new` read as half the triples and a share of .4."""
+        if "triples" not in run.at:
+            return cls(run.at["arm"])
+        amount, share = run.at["triples"].removesuffix(" new").split(", ")
+        top, _, bottom = amount.removesuffix("x").partition("/")
+        part = 0.0 if share == "none" else float(share.rstrip("%")) / 100
+        return cls(run.at["arm"], int(top) / int(bottom or 1), part)
 
-    def seeds(self, kind: str, *cells: str) -> list[int]:
+
+class Results:
+    """What the runs of a study say.
+
+    Args:
+        graph: of the study; runs that are not done are left out.
+
+    Attributes:
+        values: kind (`new model`, `vlm`) → cell → seed → figures by column. cells: in order of the study.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self.values: dict[str, dict[Cell, dict[int, dict[str, float]]]] = {}
+        seeds = list(graph.spec.axes["seed"].values())
+        for kind, stage in (("new model", "test-fresh"), ("vlm", "test-post")):
+            for run in graph.at(stage):
+                if state_of(run) == "done":
+                    found = answers(run.folder)
+                    # An untouched model of stage 2 has no seed: it stands beside each of the others'.
+                    for seed in seeds if run.seed is None else [run.seed]:
+                        self.values.setdefault(kind, {}).setdefault(Cell.of(run), {})[seed] = found
+        self.cells = list(dict.fromkeys(Cell.of(run) for run in graph.at("test-fresh")))
+
+    def seeds(self, kind: str, *cells: Cell) -> list[int]:
         """Seeds that have all these cells."""
         found = [set(self.values.get(kind, {}).get(cell, {})) for cell in cells]
         return sorted(set.intersection(*found)) if found else []
 
-    def of(self, kind: str, cell: str, column: str, seeds: Sequence[int]) -> list[float]:
+    def of(self, kind: str, cell: Cell, column: str, seeds: Sequence[int]) -> list[float]:
         """A column of a cell, seed by seed."""
         return [self.values[kind][cell][seed][column] for seed in seeds]
 
-    def columns(self, kind: str) -> list[str]:
-        """All columns of a kind, in order of first appearance."""
-        return list(dict.fromkeys(c for cell in self.values.get(kind, {}).values() for f in cell.values() for c in f))
-
     def pairs(self, kind: str) -> list[tuple[Cell, Cell]]:
-        """(DPO, SFT) cells of the same triples with a seed in common, by size, amount, share."""
-        by_arm = {arm: {(c.size, c.amount, c.share): c for c in self.cells if c.arm == arm} for arm in ("dpo", "sft")}
-        at = sorted(by_arm["dpo"], key=lambda k: (k[0] != self.cells[0].size, k[2], k[1]))
-        both = [(by_arm["dpo"][k], by_arm["sft"][k]) for k in at]
-        return [pair for pair in both if self.seeds(kind, *(cell.name for cell in pair))]
+        """(DPO, SFT) cells of the same triples with a seed in common, by share and amount."""
+        by_arm = {arm: {(c.amount, c.share): c for c in self.cells if c.arm == arm} for arm in ("DPO", "SFT")}
+        at = sorted(by_arm["DPO"], key=lambda place: (place[1], place[0]))
+        both = [(by_arm["DPO"][place], by_arm["SFT"][place]) for place in at]
+        return [pair for pair in both if self.seeds(kind, *pair)]
 
 
 def shown(values: Sequence[float]) -> str:
@@ -171,15 +195,12 @@ def adjusted(gaps: Sequence[Gap]) -> list[float]:
 
 def means_table(results: Results, kind: str, columns: Sequence[str]) -> str:
     """Markdown: one row per cell."""
-    lines = [
-        "| arm | triples | share new | LLM | " + " | ".join(columns) + " | seeds |",
-        "|---" * (len(columns) + 5) + "|",
-    ]
+    lines = ["| arm | triples | share new | " + " | ".join(columns) + " | seeds |", "|---" * (len(columns) + 4) + "|"]
     for cell in results.cells:
-        if seeds := results.seeds(kind, cell.name):
+        if seeds := results.seeds(kind, cell):
             told = ("", "") if cell.arm == "untouched" else (f"{cell.amount:g}×", f"{cell.share:g}")
-            cells = [shown(results.of(kind, cell.name, column, seeds)) for column in columns]
-            lines.append("| " + " | ".join((cell.arm, *told, cell.size, *cells, str(len(seeds)))) + " |")
+            cells = [shown(results.of(kind, cell, column, seeds)) for column in columns]
+            lines.append("| " + " | ".join((cell.arm, *told, *cells, str(len(seeds)))) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -197,20 +218,20 @@ def gaps_table(
 
 def between(results: Results, kind: str, a: Cell, b: Cell, column: str) -> Gap:
     """a − b of a column over the seeds that both have."""
-    seeds = results.seeds(kind, a.name, b.name)
-    return gap(*(results.of(kind, cell.name, column, seeds) for cell in (a, b)))
+    seeds = results.seeds(kind, a, b)
+    return gap(*(results.of(kind, cell, column, seeds) for cell in (a, b)))
 
 
 def trends(results: Results, kind: str, columns: Sequence[str]) -> list[str]:
-    """Markdown lines: mean of DPO − SFT over the cells of the main size that have all seeds, and its slopes.
+    """Markdown lines: mean of DPO − SFT over the cells that have all seeds, and its slopes.
 
     p is adjusted over all rows and columns.
     """
-    pairs = [pair for pair in results.pairs(kind) if pair[0].size == results.cells[0].size]
+    pairs = results.pairs(kind)
     if not pairs:
         return []
-    seeds = max((results.seeds(kind, *(cell.name for cell in pair)) for pair in pairs), key=len)
-    pairs = [pair for pair in pairs if results.seeds(kind, *(cell.name for cell in pair)) == seeds]
+    seeds = max((results.seeds(kind, *pair) for pair in pairs), key=len)
+    pairs = [pair for pair in pairs if results.seeds(kind, *pair) == seeds]
     rows: dict[str, list[Gap]] = {}
     for column in columns:
         at = {(dpo.amount, dpo.share): between(results, kind, dpo, sft, column).values for dpo, sft in pairs}
@@ -233,26 +254,24 @@ def trends(results: Results, kind: str, columns: Sequence[str]) -> list[str]:
 
 
 def _place(cell: Cell) -> str:
-    return f"{cell.amount:g}×, share {cell.share:g}, {cell.size}"
+    return f"{cell.amount:g}×, share {cell.share:g}"
 
 
 def report(results: Results) -> str:
-    """All tables; also written to the run directory, with all figures as results.json."""
-    parts = []
-    for kind, title, columns in (
-        ("new model", "The new model on the encoder of each arm", ANSWERS),
-        ("vlm", "The model of stage 2 itself", ANSWERS),
-        ("probes", "Probes", PROBED),
+    """All tables, as Markdown."""
+    parts, names = [], list(ANSWERS)
+    for kind, title in (
+        ("new model", "The new model on the encoder of each arm"),
+        ("vlm", "The model of stage 2 itself"),
     ):
         if kind not in results.values:
             continue
-        names = list(columns)
         pairs = [(_place(dpo), dpo, sft) for dpo, sft in results.pairs(kind)]
-        base = {cell.size: cell for cell in results.cells if cell.arm == "untouched"}
+        base = Cell("untouched")
         start = [
-            (f"{cell.arm}, {_place(cell)}", cell, base[cell.size])
+            (f"{cell.arm}, {_place(cell)}", cell, base)
             for cell in results.cells
-            if cell.arm != "untouched" and results.seeds(kind, cell.name, base[cell.size].name)
+            if cell != base and results.seeds(kind, cell, base)
         ]
         rule = "|---" * (len(names) + 1) + "|"
         parts += [f"## {title}", means_table(results, kind, names)]
@@ -260,12 +279,8 @@ def report(results: Results) -> str:
         parts += ["\n".join(["| DPO − SFT | " + " | ".join(names) + " |", rule, *lines])]
         lines = gaps_table(results, kind, names, start)
         parts += ["\n".join(["| arm − untouched | " + " | ".join(names) + " |", rule, *lines])]
-        parts += ["\n".join(f"- {name}: {meaning}" for name, meaning in columns.items())]
-    text = "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
-    results.root.mkdir(parents=True, exist_ok=True)
-    (results.root / "table.md").write_text(text)
-    (results.root / "results.json").write_text(json.dumps(results.values, indent=1) + "\n")
-    return text
+    parts += ["\n".join(f"- {name}: {meaning}" for name, meaning in ANSWERS.items())]
+    return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
 
 
 def draw_gaps(results: Results, out: Path) -> None:
@@ -274,7 +289,7 @@ def draw_gaps(results: Results, out: Path) -> None:
     from matplotlib.figure import Figure
 
     columns = ("seeing", "calculating", "seeing, new", "twins")
-    main = [pair for pair in results.pairs("new model") if pair[0].size == results.cells[0].size]
+    main = results.pairs("new model")
     figure = Figure(figsize=(2.4 * len(columns), 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, len(columns), sharey="col", squeeze=False)
@@ -295,3 +310,31 @@ def draw_gaps(results: Results, out: Path) -> None:
                 ax.set_title(column, fontsize=9)
         axes[row, 0].set_ylabel("DPO − SFT, points", fontsize=8)
     figure.savefig(out, dpi=80)
+
+
+def main() -> int:
+    """Read the study, write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", nargs="?", default="study/world-pivot", help="default study/world-pivot")
+    parser.add_argument("--run_dir", help="of the study, if not its own")
+    parser.add_argument("--seeds", type=int, nargs="+", help="of the study, if not its own")
+    args = parser.parse_args()
+    given = {"run_dir": args.run_dir, "axes.seed": args.seeds}
+    graph = Graph(read_spec(args.study, [(key, value) for key, value in given.items() if value is not None]))
+    results, out = Results(graph), graph.spec.run_dir / "report"
+    if not results.values:
+        print(f"error: nothing of {args.study} is done in {graph.spec.run_dir}", file=sys.stderr)
+        return 2
+    out.mkdir(parents=True, exist_ok=True)
+    text = report(results)
+    (out / "pivot.md").write_text(text)
+    figures = {kind: [{**vars(c), "seeds": own} for c, own in found.items()] for kind, found in results.values.items()}
+    (out / "pivot.json").write_text(json.dumps(figures, indent=1) + "\n")
+    if results.pairs("new model"):
+        draw_gaps(results, out / "pivot-gaps.png")
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

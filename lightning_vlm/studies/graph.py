@@ -7,6 +7,7 @@ and the fingerprints of what it uses: as long as that stays, what was done need 
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import os
@@ -40,6 +41,7 @@ class Graph:
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
         self._runs: dict[tuple[str, tuple[tuple[str, str], ...]], Run] = {}
+        self._built: dict[tuple[str, tuple[str, ...]], Run] = {}  # at full places, most of which share runs
         self._open: list[str] = []
         self._files = Files()
         names = list(spec.axes)
@@ -49,7 +51,8 @@ class Graph:
         used: set[str] = set()
         for stage, node in spec.stages.items():
             for binding in self.bindings:
-                used |= {_stage_of(use) for use in self._resolve(node.get("uses") or {}, binding, stage).values()}
+                uses = self._resolve(node.get("uses") or {}, binding, stage).values()
+                used |= {_stage_of(use) for use in uses if use is not None}
                 for name in used - spec.stages.keys():
                     raise spec.config.error(
                         ("stages", stage, "uses"), f"no stage is named '{name}'{nearest(name, spec.stages)}"
@@ -68,12 +71,16 @@ class Graph:
 
     def run(self, stage: str, binding: Binding) -> Run:
         """The run of a stage at a place of the axes."""
+        place = (stage, tuple(binding[axis] for axis in self.spec.axes))
+        if place in self._built:
+            return self._built[place]
         if stage in self._open:
             cycle = " -> ".join([*self._open[self._open.index(stage) :], stage])
             raise self.spec.config.error(("stages", stage), f"stages use each other in a cycle: {cycle}")
         self._open.append(stage)
         try:
-            return self._build(stage, binding)
+            self._built[place] = self._build(stage, binding)
+            return self._built[place]
         finally:
             self._open.pop()
 
@@ -102,7 +109,8 @@ class Graph:
         name = self._resolve({"dir": name}, binding, stage)["dir"]
         folder = spec.run_dir / name
         plain = self._resolve(whole, binding, stage, str(folder))
-        hidden = self._resolve(whole, binding, stage, "<dir>")
+        of_folder = any("${dir" in text.replace(" ", "") for text in _texts(whole))
+        hidden = self._resolve(whole, binding, stage, "<dir>") if of_folder else plain
         where = {use.key: str(use.path) for use in uses}
         options = self._options(stage, command, plain, where, str(folder))
         marks = {use.key: f"<{use.run.fingerprint}>{use.path.name}" for use in uses}
@@ -136,6 +144,8 @@ class Graph:
     def _uses(self, stage: str, uses: Mapping[str, Any], binding: Binding) -> list[Use]:
         found = []
         for key, use in uses.items():
+            if use is None:  # an arm that takes nothing from another stage here
+                continue
             use = {"stage": use} if isinstance(use, str) else use
             check_use(self.spec.config, ("stages", stage, "uses", key), use)
             name = use["stage"]
@@ -242,15 +252,19 @@ class Graph:
         from omegaconf import OmegaConf
         from omegaconf.errors import OmegaConfBaseException
 
+        if not any("${" in text for text in _texts(node)):
+            return copy.deepcopy(dict(node))
         root: dict[str, Any] = {"vars": self.spec.variables, "dir": folder, "node": dict(node)}
-        for axis, name in binding.items():
-            value = self.spec.axes[axis][name]
+        for axis in self._mentions(node, binding):
+            name, value = binding[axis], self.spec.axes[axis][binding[axis]]
             root[axis] = {**value, "name": name} if isinstance(value, dict) else value
         try:
             return OmegaConf.to_container(OmegaConf.create(root).node, resolve=True)  # type: ignore[return-value]
         except OmegaConfBaseException as err:
             reason = str(err).splitlines()[0]
-            raise self.spec.config.error(("stages", stage), f"{reason}; known: {', '.join(root)}") from err
+            raise self.spec.config.error(
+                ("stages", stage), f"{reason}; known: vars, dir, {', '.join(self.spec.axes)}"
+            ) from err
 
     def _refuse_shared_folders(self) -> None:
         seen: dict[Path, Run] = {}

@@ -272,7 +272,7 @@ def _stage(config: Config, name: str, node: Any) -> dict[str, Any]:
     for key, use in (node.get("uses") or {}).items():
         if isinstance(use, dict):
             check_use(config, (*path, "uses", key), use)
-        elif not isinstance(use, str):
+        elif use is not None and not isinstance(use, str):
             raise config.error((*path, "uses", key), f"must name a stage, got {use!r}")
     for key in ("processes", "threads"):
         if node.get(key) is not None and not isinstance(node[key], str):
