@@ -311,11 +311,11 @@ def test_a_checkpoint_of_another_model(base, capfd):
     assert "other.ckpt does not fit the configured backbone" in line and "layer.weight" in line
 
 
-# `compose/` holds settings of another command (tests/test_compose_embedded.py).
+# `compose/` and `study/` hold settings of other commands (tests/test_compose_embedded.py, tests/test_study_configs.py).
 FRAGMENTS = sorted(str(p.relative_to(ROOT / "configs").with_suffix("")) for p in (ROOT / "configs").rglob("*.yaml"))
 
 
-@pytest.mark.parametrize("name", [n for n in FRAGMENTS if not n.startswith(("experiment/", "compose/"))])
+@pytest.mark.parametrize("name", [n for n in FRAGMENTS if not n.startswith(("experiment/", "compose/", "study/"))])
 def test_every_fragment_is_read_and_fits(name, monkeypatch):
     """Each fragment over the world's experiment: all names and types exist."""
     monkeypatch.chdir(ROOT)
