@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from functools import cache
@@ -288,6 +289,8 @@ def tower(model: Path) -> dict[str, bytes]:
     for file in sorted(model.glob("*.safetensors")):
         for name, value in load_file(file).items():
             if "language" not in name and "projector" not in name and "lm_head" not in name:
-                found[name.rpartition("vision_model.")[2]] = value.numpy().tobytes()
+                found[re.split(r"vision_model\.|vision_tower\.", name)[-1].removeprefix("model.")] = (
+                    value.numpy().tobytes()
+                )
     assert found
     return found
